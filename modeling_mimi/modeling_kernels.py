@@ -1,0 +1,80 @@
+# Copyright 2026 The open Mimi contributors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The three operations that Mimi's time goes into, each with the kernel that suits the device: one place decides.
+
+Activations are channels-last everywhere, (B, T, C): a convolution is then a matrix product over windows that are views,
+and nothing is ever re-laid-out. `B` batch, `T` steps, `C` channels, `K` kernel size.
+
+On a CPU, inference calls oneDNN directly. PyTorch sends float32 products to MKL, which packs the weight in every call: with
+the few rows of a streaming step that takes 2 to 3 times as long as oneDNN's product on the plain weight, and on long
+audio oneDNN is 1.2 to 1.5 times as fast. oneDNN has no autograd here, and `torch.compile` picks its own kernels, so both
+of those (and every other device) take PyTorch's functions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_ONEDNN_DTYPES = {torch.float32} if _has_onednn() else set()
+if _ONEDNN_DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _ONEDNN_DTYPES.add(torch.bfloat16)
+
+
+def _calls_kernels_directly(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not (
+        torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`residual + x @ weight.T + bias` over the last axis: (..., C_in) and (C_out, C_in) give (..., C_out)."""
+    if x.dtype in _ONEDNN_DTYPES and _calls_kernels_directly(x) and weight.dtype == x.dtype and x.numel():
+        weight = weight.detach()
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    x = F.linear(x, weight, bias)
+    return x if residual is None else residual + x
+
+
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, dilation: int = 1) -> Tensor:
+    """
+    Convolution without padding: (B, T_in, C_in) and (C_out, C_in, K) give (B, T_out, C_out).
+
+    The weight is best kept channels-last too, (C_out, K, C_in) in memory (see `channels_last_`): then every form below
+    takes it as it lies. Where a window holds more numbers than there are windows, the weight is what costs: one product
+    over the windows reads it once, while a convolution kernel would first re-order it. Everywhere else the convolution
+    kernel wins, because the windows are never written out.
+    """
+    batch_size, steps, channels = x.shape
+    kernel_size = weight.shape[2]
+    windows = (steps - (kernel_size - 1) * dilation - 1) // stride + 1
+    if _calls_kernels_directly(x) and batch_size * windows < kernel_size * channels:
+        row, step, channel = x.stride()
+        x = x.as_strided((batch_size, windows, kernel_size, channels), (row, stride * step, dilation * step, channel))
+        return linear(x.flatten(2), weight.transpose(1, 2).flatten(1), bias)
+    # a 2D convolution of height 1: the 1D one would make its input contiguous, channels first
+    x = x.transpose(1, 2).unsqueeze(2)
+    x = F.conv2d(x, weight.unsqueeze(2), bias, stride=(1, stride), dilation=(1, dilation))
+    return x.squeeze(2).transpose(1, 2)
+
+
+def elu(x: Tensor) -> Tensor:
+    """
+    ELU with alpha 1, any shape.
+
+    For x < 0 it is 2^(x log2 e) - 1, and `exp2` is four times as fast as the `expm1` that PyTorch's kernel spends its time
+    on; the difference is below 1e-7. In bfloat16 the subtraction would cost accuracy, so there PyTorch's kernel stays.
+    """
+    if x.dtype == torch.float32 and _calls_kernels_directly(x):
+        negative = (x * math.log2(math.e)).clamp_(max=0).exp2_().sub_(1)
+        return torch.maximum(x, negative, out=negative)
+    return F.elu(x)
