@@ -10,6 +10,33 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 
+_POSITIVE = (
+    "sampling_rate",
+    "audio_channels",
+    "hidden_size",
+    "num_filters",
+    "num_residual_layers",
+    "kernel_size",
+    "last_kernel_size",
+    "residual_kernel_size",
+    "dilation_growth_rate",
+    "compress",
+    "codebook_size",
+    "num_quantizers",
+    "num_semantic_quantizers",
+    "vector_quantization_hidden_dimension",
+    "upsample_groups",
+    "num_hidden_layers",
+    "intermediate_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "sliding_window",
+    "norm_eps",
+    "frame_rate",
+)
+
+
 @strict
 class MimiConfig(PreTrainedConfig):
     r"""
@@ -164,13 +191,7 @@ class MimiConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the `@strict` validation: reject, naming the field, what this codec cannot do."""
-        positive = (
-            "sampling_rate audio_channels hidden_size num_filters num_residual_layers kernel_size last_kernel_size "
-            "residual_kernel_size dilation_growth_rate compress codebook_size num_quantizers num_semantic_quantizers "
-            "vector_quantization_hidden_dimension upsample_groups num_hidden_layers intermediate_size head_dim "
-            "num_attention_heads num_key_value_heads sliding_window norm_eps frame_rate"
-        ).split()
-        for name in positive:
+        for name in _POSITIVE:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         self._validate_convolutions()
         self._validate_transformer()

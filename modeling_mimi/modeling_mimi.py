@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import auto_docstring, can_return_tuple
 
 from .configuration_mimi import MimiConfig
@@ -158,6 +159,8 @@ class MimiModel(MimiPreTrainedModel):
 
     def _latents(self, audio: Tensor, state: StreamingState | None = None, **record):
         """(B, C, T * frame_size) to latents (B, T, D) and the transformer's output."""
+        if audio.shape[-1] == 0:
+            return audio.new_zeros(audio.shape[0], 0, self.config.hidden_size), BaseModelOutput()
         x = self.encoder(audio.to(self._dtype).transpose(1, 2).contiguous(), state)
         x = transformed = self.encoder_transformer(x, state, **record)
         x = x.last_hidden_state if self.downsample is None else self.downsample(x.last_hidden_state, state)
@@ -168,6 +171,8 @@ class MimiModel(MimiPreTrainedModel):
     def _synthesize(self, quantized: Tensor, state: StreamingState | None = None, **record):
         """Quantized latents (B, T, D) to audio (B, C, T * frame_size) and the transformer's output."""
         frames = quantized.shape[1]
+        if frames == 0:
+            return quantized.new_zeros(quantized.shape[0], self.config.audio_channels, 0), BaseModelOutput()
         x = quantized.to(self._dtype)
         x = x if self.upsample is None else self.upsample(x, state)
         x = transformed = self.decoder_transformer(x, state, **record)

@@ -204,8 +204,6 @@ class MimiTransformer(nn.Module):
         output_attentions: bool = False,
     ) -> BaseModelOutput:
         """Attention weights are (B, H, S, S), or (B, H, S, 2W) over the own block and the one before if S > 2W."""
-        if x.shape[1] == 0:
-            return BaseModelOutput(last_hidden_state=x)
         context = self._whole_context(x) if state is None else self._streaming_context(x, state)
         hidden_states, attentions = (x,), ()
         for layer in self.layers:
