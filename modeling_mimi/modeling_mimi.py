@@ -129,6 +129,11 @@ class MimiModel(MimiPreTrainedModel):
             prefix = name.removesuffix(".parametrizations.weight.original0")
             magnitude, direction = state_dict.pop(name), state_dict.pop(name[:-1] + "1")
             state_dict[f"{prefix}.weight"] = torch._weight_norm(direction, magnitude, 0)
+        # the code that travels along serves both Auto classes; transformers notes only the one it was registered for
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            "AutoModelForAudioTokenization": f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}",
+        }
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def get_encoded_length(self, input_length: Tensor | int) -> Tensor | int:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_mimi import MimiConfig
 from .modeling_kernels import linear
@@ -191,7 +192,7 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
         """
         tables = self.search_tables() if tables is None else tables
         split = self.num_semantic_quantizers
-        with torch.autocast(latents.device.type, enabled=False):
+        with maybe_autocast(latents.device.type, enabled=False):
             latents = latents.float()
             branches = [(self.semantic_residual_vector_quantizer, tables[:split])]
             if len(tables) > split:
@@ -222,7 +223,7 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes of the first `K` codebooks, (B, K, T), to float32 latents (B, T, D)."""
         split = self.num_semantic_quantizers
-        with torch.autocast(codes.device.type, enabled=False):
+        with maybe_autocast(codes.device.type, enabled=False):
             quantized = self.semantic_residual_vector_quantizer.decode(codes[:, :split])
             if codes.shape[1] > split:
                 quantized = quantized + self.acoustic_residual_vector_quantizer.decode(codes[:, split:])

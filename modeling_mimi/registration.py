@@ -2,7 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making transformers' Auto classes give this Mimi: an explicit call, because it changes what other code loads."""
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
+import functools
+from collections.abc import Callable
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioTokenization,
+    EncodecFeatureExtractor,
+    PreTrainedConfig,
+)
 
 from .configuration_mimi import MimiConfig
 from .feature_extraction_mimi import MimiFeatureExtractor
@@ -11,10 +21,38 @@ from .modeling_mimi import MimiModel
 
 def register() -> None:
     """
-    Let `AutoConfig`, `AutoModel`, `AutoModelForAudioTokenization` and `AutoFeatureExtractor` give the classes of this package for
-    every checkpoint of type `"mimi"`, in this process. Models that contain a Mimi (CSM, Moshi) then get ours, too.
+    Let `AutoConfig`, `AutoModel`, `AutoModelForAudioTokenization` and `AutoFeatureExtractor` give the classes of this
+    package for every checkpoint of type `"mimi"`, in this process. Models that contain a Mimi (CSM, Moshi) then get
+    ours, too. Calling it again changes nothing.
     """
     AutoConfig.register("mimi", MimiConfig, exist_ok=True)
     AutoModel.register(MimiConfig, MimiModel, exist_ok=True)
     AutoModelForAudioTokenization.register(MimiConfig, MimiModel, exist_ok=True)
     AutoFeatureExtractor.register(MimiConfig, MimiFeatureExtractor, exist_ok=True)
+    if not getattr(AutoFeatureExtractor.from_pretrained, "knows_mimi", False):
+        AutoFeatureExtractor.from_pretrained = _ours_for_mimi(AutoFeatureExtractor.from_pretrained)
+
+
+def _ours_for_mimi(from_pretrained: Callable) -> Callable:
+    """
+    Give our feature extractor where stock's would be given for a Mimi.
+
+    The files of every Mimi name stock's `EncodecFeatureExtractor`, which stock users need and EnCodec shares, and that
+    name outranks what is registered: so the model type has to be asked for.
+    """
+
+    @functools.wraps(from_pretrained)
+    def wrapper(pretrained_model_name_or_path, **kwargs):
+        extractor = from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if type(extractor) is EncodecFeatureExtractor:
+            kwargs.pop("trust_remote_code", None)
+            try:
+                config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            except OSError:  # a feature extractor without a model
+                return extractor
+            if config.get("model_type") == "mimi":
+                return MimiFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return extractor
+
+    wrapper.knows_mimi = True
+    return wrapper
