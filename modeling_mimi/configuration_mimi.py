@@ -1,5 +1,16 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of Mimi: every constant of the codec, with the paper's value as default; rates are derived once."""
 
 import math
@@ -8,7 +19,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
-
+from transformers.utils import auto_docstring
 
 _POSITIVE = (
     "sampling_rate",
@@ -37,92 +48,97 @@ _POSITIVE = (
 )
 
 
+@auto_docstring(
+    checkpoint="kyutai/mimi",
+    custom_intro="""
+    The defaults give the codec of the paper (Moshi §3.3, arXiv 2410.00037): 24 kHz mono, 12.5 frames per second, 8
+    codebooks of 2,048 entries, 1.1 kbit/s. Keys that stock transformers also has keep their names, so the
+    `config.json` of `kyutai/mimi` loads as it is, and stock reads ours.
+    """,
+)
 @strict
 class MimiConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MimiModel`] (Moshi §3.3, arXiv 2410.00037). The defaults give the codec of the paper: 24 kHz
-    mono, 12.5 frames per second, 8 codebooks of 2,048 entries, 1.1 kbit/s. Keys that stock transformers also has keep
-    their names, so the `config.json` of `kyutai/mimi` loads as it is, and stock reads ours.
-
-    Args:
-        sampling_rate (`int`, *optional*, defaults to 24000):
-            Rate of the audio in Hz.
-        audio_channels (`int`, *optional*, defaults to 1):
-            Number of audio channels.
-        hidden_size (`int`, *optional*, defaults to 512):
-            Width of the latents and of both transformers.
-        num_filters (`int`, *optional*, defaults to 64):
-            Width of the first SEANet convolution; it doubles at every downsampling.
-        num_residual_layers (`int`, *optional*, defaults to 1):
-            Residual units per SEANet block.
-        upsampling_ratios (`list[int]`, *optional*, defaults to `[8, 6, 5, 4]`):
-            Strides of the SEANet decoder, in its order; the encoder uses them reversed.
-        kernel_size (`int`, *optional*, defaults to 7):
-            Kernel of the first convolution of SEANet's encoder and decoder.
-        last_kernel_size (`int`, *optional*, defaults to 3):
-            Kernel of the last convolution of SEANet's encoder and decoder.
-        residual_kernel_size (`int`, *optional*, defaults to 3):
-            Kernel of the dilated convolution in a residual unit.
-        dilation_growth_rate (`int`, *optional*, defaults to 2):
-            Residual unit `j` of a block has dilation `dilation_growth_rate ** j`.
-        use_causal_conv (`bool`, *optional*, defaults to `True`):
-            Only `True` works: everything here is causal.
-        pad_mode (`str`, *optional*, defaults to `"constant"`):
-            How SEANet's convolutions are padded on the left: `"constant"` (zeros) or `"replicate"`.
-        compress (`int`, *optional*, defaults to 2):
-            A residual unit narrows its width by this factor inside.
-        trim_right_ratio (`float`, *optional*, defaults to 1.0):
-            Only `1.0` works: a causal transposed convolution is trimmed on the right.
-        codebook_size (`int`, *optional*, defaults to 2048):
-            Entries per codebook, a power of two.
-        codebook_dim (`int`, *optional*, defaults to 256):
-            Width of a codebook entry; must equal `vector_quantization_hidden_dimension`.
-        num_quantizers (`int`, *optional*, defaults to 8):
-            Number of codebooks, semantic ones included. The released checkpoint has 32.
-        use_conv_shortcut (`bool`, *optional*, defaults to `False`):
-            Whether the skip connection of a residual unit is a 1x1 convolution instead of the identity.
-        vector_quantization_hidden_dimension (`int`, *optional*, defaults to 256):
-            Width of the space in which a branch quantizes.
-        num_semantic_quantizers (`int`, *optional*, defaults to 1):
-            Codebooks of the semantic branch; the other branch holds the rest.
-        upsample_groups (`int`, *optional*, defaults to 512):
-            Groups of the transposed convolution that leads from frames back to SEANet's rate.
-        num_hidden_layers (`int`, *optional*, defaults to 8):
-            Layers of each transformer.
-        intermediate_size (`int`, *optional*, defaults to 2048):
-            Width of the transformers' MLP.
-        num_attention_heads (`int`, *optional*, defaults to 8):
-            Query heads.
-        num_key_value_heads (`int`, *optional*, defaults to 8):
-            Key and value heads; must divide `num_attention_heads`.
-        head_dim (`int`, *optional*):
-            Width of a head, even; `hidden_size // num_attention_heads` if not given.
-        hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the MLP, a key of `transformers.activations.ACT2FN`.
-        max_position_embeddings (`int`, *optional*, defaults to 8000):
-            Kept for stock's sake. It bounds nothing: attention is windowed and positions are relative.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of freshly initialised linear layers.
-        norm_eps (`float`, *optional*, defaults to 1e-5):
-            Epsilon of the layer norms.
-        rope_parameters (`dict`, *optional*, defaults to `{"rope_type": "default", "rope_theta": 10000.0}`):
-            Rotary embedding; only the type `"default"` works, with any `rope_theta`.
-        sliding_window (`int`, *optional*, defaults to 250):
-            A step sees itself and the `sliding_window - 1` steps before it. The paper says both "250 frames, 20 s"
-            and "10 s"; the released weights run their transformers at 25 Hz, where 250 steps are 10 s.
-        attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout of the attention weights while training.
-        layer_scale_initial_scale (`float`, *optional*, defaults to 0.01):
-            Initial LayerScale.
-        attention_bias (`bool`, *optional*, defaults to `False`):
-            Whether the attention projections have biases.
-        frame_rate (`float`, *optional*):
-            Frames per second. Must divide SEANet's rate (`sampling_rate / prod(upsampling_ratios)`, 25 Hz) by a whole
-            number; half of that rate if not given: 12.5 Hz.
-        quantizer_dropout (`bool`, *optional*, defaults to `True`):
-            While training, keep a random number of acoustic codebooks, uniform in 1..K-1, drawn once per batch.
-        unquantized_rate (`float`, *optional*, defaults to 0.5):
-            While training, the share of sequences whose decoder input skips the quantizer (Moshi §3.3.3).
+    sampling_rate (`int`, *optional*, defaults to 24000):
+        Rate of the audio in Hz.
+    audio_channels (`int`, *optional*, defaults to 1):
+        Number of audio channels.
+    hidden_size (`int`, *optional*, defaults to 512):
+        Width of the latents and of both transformers.
+    num_filters (`int`, *optional*, defaults to 64):
+        Width of the first SEANet convolution; it doubles at every downsampling.
+    num_residual_layers (`int`, *optional*, defaults to 1):
+        Residual units per SEANet block.
+    upsampling_ratios (`list[int]`, *optional*, defaults to `[8, 6, 5, 4]`):
+        Strides of the SEANet decoder, in its order; the encoder uses them reversed.
+    kernel_size (`int`, *optional*, defaults to 7):
+        Kernel of the first convolution of SEANet's encoder and decoder.
+    last_kernel_size (`int`, *optional*, defaults to 3):
+        Kernel of the last convolution of SEANet's encoder and decoder.
+    residual_kernel_size (`int`, *optional*, defaults to 3):
+        Kernel of the dilated convolution in a residual unit.
+    dilation_growth_rate (`int`, *optional*, defaults to 2):
+        Residual unit `j` of a block has dilation `dilation_growth_rate ** j`.
+    use_causal_conv (`bool`, *optional*, defaults to `True`):
+        Only `True` works: everything here is causal.
+    pad_mode (`str`, *optional*, defaults to `"constant"`):
+        How SEANet's convolutions are padded on the left: `"constant"` (zeros) or `"replicate"`.
+    compress (`int`, *optional*, defaults to 2):
+        A residual unit narrows its width by this factor inside.
+    trim_right_ratio (`float`, *optional*, defaults to 1.0):
+        Only `1.0` works: a causal transposed convolution is trimmed on the right.
+    codebook_size (`int`, *optional*, defaults to 2048):
+        Entries per codebook, a power of two.
+    codebook_dim (`int`, *optional*, defaults to 256):
+        Width of a codebook entry; must equal `vector_quantization_hidden_dimension`.
+    num_quantizers (`int`, *optional*, defaults to 8):
+        Number of codebooks, semantic ones included. The released checkpoint has 32.
+    use_conv_shortcut (`bool`, *optional*, defaults to `False`):
+        Whether the skip connection of a residual unit is a 1x1 convolution instead of the identity.
+    vector_quantization_hidden_dimension (`int`, *optional*, defaults to 256):
+        Width of the space in which a branch quantizes.
+    num_semantic_quantizers (`int`, *optional*, defaults to 1):
+        Codebooks of the semantic branch; the other branch holds the rest.
+    upsample_groups (`int`, *optional*, defaults to 512):
+        Groups of the transposed convolution that leads from frames back to SEANet's rate.
+    num_hidden_layers (`int`, *optional*, defaults to 8):
+        Layers of each transformer.
+    intermediate_size (`int`, *optional*, defaults to 2048):
+        Width of the transformers' MLP.
+    num_attention_heads (`int`, *optional*, defaults to 8):
+        Query heads.
+    num_key_value_heads (`int`, *optional*, defaults to 8):
+        Key and value heads; must divide `num_attention_heads`.
+    head_dim (`int`, *optional*):
+        Width of a head, even; `hidden_size // num_attention_heads` if not given.
+    hidden_act (`str`, *optional*, defaults to `"gelu"`):
+        Activation of the MLP, a key of `transformers.activations.ACT2FN`.
+    max_position_embeddings (`int`, *optional*, defaults to 8000):
+        Kept for stock's sake. It bounds nothing: attention is windowed and positions are relative.
+    initializer_range (`float`, *optional*, defaults to 0.02):
+        Standard deviation of freshly initialised linear layers.
+    norm_eps (`float`, *optional*, defaults to 1e-5):
+        Epsilon of the layer norms.
+    use_streaming (`bool`, *optional*, defaults to `False`):
+        Only `False` works: a stream is made by `model.stream()`, which keeps its own state.
+    rope_parameters (`dict`, *optional*, defaults to `{"rope_type": "default", "rope_theta": 10000.0}`):
+        Rotary embedding; only the type `"default"` works, with any `rope_theta`.
+    sliding_window (`int`, *optional*, defaults to 250):
+        A step sees itself and the `sliding_window - 1` steps before it. The paper says both "250 frames, 20 s"
+        and "10 s"; the released weights run their transformers at 25 Hz, where 250 steps are 10 s.
+    attention_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout of the attention weights while training.
+    layer_scale_initial_scale (`float`, *optional*, defaults to 0.01):
+        Initial LayerScale.
+    attention_bias (`bool`, *optional*, defaults to `False`):
+        Whether the attention projections have biases.
+    frame_rate (`float`, *optional*):
+        Frames per second. Must divide SEANet's rate (`sampling_rate / prod(upsampling_ratios)`, 25 Hz) by a whole
+        number; half of that rate if not given: 12.5 Hz.
+    quantizer_dropout (`bool`, *optional*, defaults to `True`):
+        While training, keep a random number of acoustic codebooks, uniform in 1..K-1, drawn once per batch.
+    unquantized_rate (`float`, *optional*, defaults to 0.5):
+        While training, the share of sequences whose decoder input skips the quantizer (Moshi §3.3.3).
 
     Example:
 

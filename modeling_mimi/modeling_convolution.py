@@ -1,10 +1,21 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 Causal convolution and transposed convolution, whole or in steps (Moshi §3.3.1).
 
-Both look back only. Whole, what lies before the clip is padding; in steps, it is the end of the previous step, kept in a
-`StreamingState`. `B` batch, `T` steps, `C` channels; activations are (B, T, C).
+Both look back only. Whole, what lies before the clip is padding; in steps, it is the end of the previous step, kept in
+a `StreamingState`. `B` batch, `T` steps, `C` channels; activations are (B, T, C).
 """
 
 import torch
@@ -71,9 +82,9 @@ class MimiConvTranspose1d(nn.Module):
     """
     Causal transposed convolution with kernel `2 * stride`, (B, T, C_in) to (B, T * stride, C_out).
 
-    Input step `t` spreads over the output blocks `t` and `t + 1` of `stride` steps each; what would lie beyond the end of
-    the clip is trimmed. So a block is the sum of two products: one of its own step, one of the step before.
-    State: `overlap`, that step before.
+    Input step `t` spreads over the output blocks `t` and `t + 1` of `stride` steps each; what would lie beyond the end
+    of the clip is trimmed. So a block is the sum of two products: one of its own step, one of the step before. State:
+    `overlap`, that step before.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int = 1, bias: bool = True):

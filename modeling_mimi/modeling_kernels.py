@@ -1,15 +1,26 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 The three operations that Mimi's time goes into, each with the kernel that suits the device: one place decides.
 
-Activations are channels-last everywhere, (B, T, C): a convolution is then a matrix product over windows that are views,
-and nothing is ever re-laid-out. `B` batch, `T` steps, `C` channels, `K` kernel size.
+Activations are channels-last everywhere, (B, T, C): a convolution is then a matrix product over windows that are
+views, and nothing is ever re-laid-out. `B` batch, `T` steps, `C` channels, `K` kernel size.
 
-On a CPU, inference calls oneDNN directly. PyTorch sends float32 products to MKL, which packs the weight in every call: with
-the few rows of a streaming step that takes 2 to 3 times as long as oneDNN's product on the plain weight, and on long
-audio oneDNN is 1.2 to 1.5 times as fast. oneDNN has no autograd here, and `torch.compile` picks its own kernels, so both
-of those (and every other device) take PyTorch's functions.
+On a CPU, inference calls oneDNN directly. PyTorch sends float32 products to MKL, which packs the weight in every call:
+with the few rows of a streaming step that takes 2 to 3 times as long as oneDNN's product on the plain weight, and on
+long audio oneDNN is 1.2 to 1.5 times as fast. oneDNN has no autograd here, and `torch.compile` picks its own kernels,
+so both of those (and every other device) take PyTorch's functions.
 """
 
 import math
@@ -50,9 +61,9 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, dila
     Convolution without padding: (B, T_in, C_in) and (C_out, C_in, K) give (B, T_out, C_out).
 
     The weight is best kept channels-last too, (C_out, K, C_in) in memory (see `channels_last_`): then every form below
-    takes it as it lies. Where a window holds more numbers than there are windows, the weight is what costs: one product
-    over the windows reads it once, while a convolution kernel would first re-order it. Everywhere else the convolution
-    kernel wins, because the windows are never written out.
+    takes it as it lies. Where a window holds more numbers than there are windows, the weight is what costs: one
+    product over the windows reads it once, while a convolution kernel would first re-order it. Everywhere else the
+    convolution kernel wins, because the windows are never written out.
     """
     batch_size, steps, channels = x.shape
     kernel_size = weight.shape[2]
@@ -71,8 +82,9 @@ def elu(x: Tensor) -> Tensor:
     """
     ELU with alpha 1, any shape.
 
-    For x < 0 it is 2^(x log2 e) - 1, and `exp2` is four times as fast as the `expm1` that PyTorch's kernel spends its time
-    on; the difference is below 1e-7. In bfloat16 the subtraction would cost accuracy, so there PyTorch's kernel stays.
+    For x < 0 it is 2^(x log2 e) - 1, and `exp2` is four times as fast as the `expm1` that PyTorch's kernel spends its
+    time on; the difference is below 1e-7. In bfloat16 the subtraction would cost accuracy, so there PyTorch's kernel
+    stays.
     """
     if x.dtype == torch.float32 and _calls_kernels_directly(x):
         negative = (x * math.log2(math.e)).clamp_(max=0).exp2_().sub_(1)

@@ -1,10 +1,21 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 Mimi: 24 kHz speech to 12.5 frames per second of 8 codes, and back (Moshi §3.3, arXiv 2410.00037).
 
-The attribute tree is the layout of the files, so a `kyutai/mimi` directory loads key by key and what we save loads in stock
-transformers. `B` batch, `C` audio channels, `L` samples, `T` frames, `K` codebooks, `D` width of the latents.
+The attribute tree is the layout of the files, so a `kyutai/mimi` directory loads key by key and what we save loads in
+stock transformers. `B` batch, `C` audio channels, `L` samples, `T` frames, `K` codebooks, `D` width of the latents.
 """
 
 from collections.abc import Iterator
@@ -14,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import auto_docstring, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_mimi import MimiConfig
 from .modeling_convolution import MimiConv1d, MimiConvTranspose1d
@@ -24,7 +36,7 @@ from .modeling_quantizer import MimiCodebook, MimiSplitResidualVectorQuantizer, 
 from .modeling_seanet import MimiDecoder, MimiEncoder
 from .modeling_state import StreamingState
 from .modeling_streaming import MimiStream
-from .modeling_transformer import MimiAttention, MimiLayerScale, MimiTransformer, MimiTransformerLayer
+from .modeling_transformer import MimiLayerScale, MimiTransformer
 
 
 @auto_docstring
@@ -39,11 +51,10 @@ class MimiPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MimiTransformerLayer, "attentions": MimiAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation of convolutions, as Kyutai train with; stock transformers' is 2.45 times wider."""
+        """PyTorch's own initialisation of convolutions, as Kyutai train with; stock's is 2.45 times wider."""
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
             fan_in = nn.init._calculate_fan_in_and_fan_out(module.weight)[0]
             bound = fan_in**-0.5
@@ -70,11 +81,13 @@ class MimiModel(MimiPreTrainedModel):
         width, stride = config.hidden_size, config.latent_stride
         self.encoder = self.encoder_transformer = self.downsample = None
         self.decoder = self.decoder_transformer = self.upsample = None
+        # CODEPATH: kyutai/mimi has both halves; one saved from half a model, or loaded as half, has one
         if config.encoder_config is not None:
             self.encoder = MimiEncoder(config)
             self.encoder_transformer = MimiTransformer(config)
             if stride > 1:
                 self.downsample = MimiConv1d(width, width, 2 * stride, stride, bias=False, pad_mode="replicate")
+        # CODEPATH: as above
         if config.decoder_config is not None:
             if stride > 1:
                 self.upsample = MimiConvTranspose1d(width, width, stride, groups=config.upsample_groups, bias=False)
@@ -141,11 +154,12 @@ class MimiModel(MimiPreTrainedModel):
         return self.config.num_frames(input_length)
 
     def get_audio_codes_mask(self, padding_mask: Tensor) -> Tensor:
-        """Mask of the frames, (B, T), that belong to a mask of the samples, (B, L). Left padding gives left padding."""
+        """Mask of the frames, (B, T), from that of the samples, (B, L). Left padding gives left padding."""
         num_frames = self.config.num_frames(padding_mask.shape[-1])
         return Span.of_mask(padding_mask).in_frames(self.config.frame_size, num_frames).mask(num_frames)
 
-    # One step of each direction: whole clips, the chunks of long ones and the frames of a stream all come through here.
+    # One step of each direction: whole clips, the chunks of long ones and the frames of a stream all come through
+    # here.
 
     def encode_frames(
         self,
@@ -154,7 +168,7 @@ class MimiModel(MimiPreTrainedModel):
         tables: list[SearchTable] | None = None,
         num_quantizers: int | None = None,
     ) -> Tensor:
-        """Whole frames of audio, (B, C, T * frame_size), to codes (B, K, T). A state makes it the next step of a stream."""
+        """Whole frames of audio, (B, C, T * frame_size), to codes (B, K, T); a state makes it a step of a stream."""
         tables = self.quantizer.search_tables(num_quantizers) if tables is None else tables
         return self.quantizer.encode(self._latents(audio, state)[0], tables)
 
@@ -251,8 +265,8 @@ class MimiModel(MimiPreTrainedModel):
         r"""
         Encode audio to codes.
 
-        A clip's codes do not depend on its batch or on its padding, left or right. Without gradients, long audio is taken in
-        chunks over a state: the result is that of the whole, in bounded memory.
+        A clip's codes do not depend on its batch or on its padding, left or right. Without gradients, long audio is
+        taken in chunks over a state: the result is that of the whole, in bounded memory.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(batch_size, audio_channels, num_samples)`):
@@ -363,8 +377,7 @@ class MimiModel(MimiPreTrainedModel):
         num_quantizers: int | None = None,
         audio_codes: Tensor | None = None,
         output_latents: bool = False,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MimiOutput:
         r"""
         input_values (`torch.FloatTensor` of shape `(batch_size, audio_channels, num_samples)`, *optional*):
@@ -391,7 +404,9 @@ class MimiModel(MimiPreTrainedModel):
         >>> output.audio_codes.shape, output.audio_values.shape
         (torch.Size([1, 8, 13]), torch.Size([1, 1, 24000]))
         ```"""
-        record = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        record = {name: kwargs.pop(name, None) for name in ("output_hidden_states", "output_attentions")}
+        if kwargs:
+            raise TypeError(f"MimiModel does not take {sorted(kwargs)}.")
         if audio_codes is not None:
             decoded = self.decode(audio_codes, padding_mask, **record)
             return _output_of(MimiEncoderOutput(audio_codes=audio_codes), decoded)
@@ -407,7 +422,7 @@ class MimiModel(MimiPreTrainedModel):
     def _forward_with_gradients(
         self, input_values: Tensor, padding_mask: Tensor | None, num_quantizers: int | None, record: dict[str, bool]
     ) -> MimiOutput:
-        """Audio to audio in one graph, through the straight-through quantizer and its two kinds of noise in training."""
+        """Audio to audio in one graph, through the straight-through quantizer and, in training, its noise."""
         self._need("encoder")
         self._need("decoder")
         self._check_audio(input_values, padding_mask)
@@ -415,6 +430,7 @@ class MimiModel(MimiPreTrainedModel):
         latents, encoded = self._latents(audio, **record)
         unquantized = None
         if self.training:
+            # CODEPATH: a switch of training; checkpoints do not differ in it
             if num_quantizers is None and self.config.quantizer_dropout:
                 acoustic = self.config.num_quantizers - self.config.num_semantic_quantizers
                 kept = torch.randint(1, acoustic + 1, ()).item()  # on the CPU's generator: no device sync
@@ -445,7 +461,7 @@ class MimiModel(MimiPreTrainedModel):
     # ---- arguments
 
     def _aligned_audio(self, input_values: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Span, int]:
-        """The clips on the left edge, filled up with zeros to whole frames; where their frames belong; and how many."""
+        """The clips on the left edge, filled up to whole frames; where their frames belong; and how many."""
         batch_size, _, length = input_values.shape
         num_frames = self.config.num_frames(length)
         if padding_mask is None:
@@ -464,7 +480,7 @@ class MimiModel(MimiPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        return {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
+        return {"with_hidden_states": bool(output_hidden_states), "with_attentions": bool(output_attentions)}
 
     def _check_audio(self, audio: Tensor, padding_mask: Tensor | None) -> None:
         channels = self.config.audio_channels

@@ -1,5 +1,16 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """What [`MimiModel`] returns."""
 
 from dataclasses import dataclass
@@ -8,18 +19,21 @@ import torch
 from transformers.utils import ModelOutput, auto_docstring
 
 
-@dataclass
 @auto_docstring
+@dataclass
 class MimiEncoderOutput(ModelOutput):
     r"""
     audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_frames)`):
         Codes, semantic first; 0 outside the clips.
     audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`):
         True on the frames of the clips.
-    latents (`torch.FloatTensor` of shape `(batch_size, num_frames, hidden_size)`, *optional*, returned when `output_latents=True`):
-        Latents before quantization. They, and all that follows, start at the left edge whatever the padding side.
-    semantic_quantized, acoustic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`, *optional*, returned when `output_latents=True`):
-        What each branch quantized them to, before its output projection.
+    latents (`torch.FloatTensor` of shape `(batch_size, num_frames, hidden_size)`, *optional*):
+        Latents before quantization, with `output_latents=True`. They, and all that follows, start at the left edge
+        whatever the padding side.
+    semantic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`, *optional*):
+        What the semantic branch quantized them to, before its output projection, with `output_latents=True`.
+    acoustic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`, *optional*):
+        The same of the acoustic branch; `None` when only semantic codebooks are used.
     hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
         Input of the encoder's transformer and output of each layer, `(batch_size, steps, hidden_size)` at 25 Hz.
     attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
@@ -36,8 +50,8 @@ class MimiEncoderOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-@dataclass
 @auto_docstring
+@dataclass
 class MimiDecoderOutput(ModelOutput):
     r"""
     audio_values (`torch.FloatTensor` of shape `(batch_size, audio_channels, num_samples)`):
@@ -53,8 +67,8 @@ class MimiDecoderOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-@dataclass
 @auto_docstring
+@dataclass
 class MimiOutput(ModelOutput):
     r"""
     audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_frames)`):
@@ -63,14 +77,24 @@ class MimiOutput(ModelOutput):
         Reconstruction, as long as the input; 0 outside the clips.
     audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`):
         True on the frames of the clips.
-    latents, semantic_quantized, acoustic_quantized (`torch.FloatTensor`, *optional*, returned when `output_latents=True` or in training mode):
-        As in [`MimiEncoderOutput`].
-    residuals, centroids (`torch.FloatTensor` of shape `(batch_size, num_quantizers, num_frames, codebook_dim)`, *optional*, returned when `output_latents=True` or in training mode):
-        What each codebook was asked to quantize, with gradient, and what it answered: the commitment loss and the
-        codebook updates need them.
-    hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+    latents (`torch.FloatTensor` of shape `(batch_size, num_frames, hidden_size)`, *optional*):
+        As in [`MimiEncoderOutput`], with `output_latents=True` or where gradients are on.
+    semantic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`, *optional*):
+        As in [`MimiEncoderOutput`], straight-through: with the gradient of what was quantized.
+    acoustic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`, *optional*):
+        As in [`MimiEncoderOutput`], straight-through.
+    residuals (`torch.FloatTensor` of shape `(batch_size, num_quantizers, num_frames, codebook_dim)`, *optional*):
+        What each codebook was asked to quantize, with gradient, for the commitment loss and the codebook updates;
+        returned where gradients are on or in training mode.
+    centroids (`torch.FloatTensor` of shape `(batch_size, num_quantizers, num_frames, codebook_dim)`, *optional*):
+        What it answered, without gradient.
+    hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
         Those of the encoder's transformer, as in [`MimiEncoderOutput`].
-    decoder_hidden_states, decoder_attentions (`tuple(torch.FloatTensor)`, *optional*):
+    attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
+        Those of the encoder's transformer, as in [`MimiEncoderOutput`].
+    decoder_hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
+        Those of the decoder's transformer.
+    decoder_attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
         Those of the decoder's transformer.
     """
 

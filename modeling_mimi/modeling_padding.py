@@ -1,10 +1,21 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 Padding undone: every clip of a batch is moved to the left edge, and its result moved back to where the clip stood.
 
-The codec is causal, so what follows a clip cannot reach it; only what stands before it, and a partly filled last frame, can.
-Positions are computed on the device, without a sync. `B` batch, `C` channels, `L` samples or frames.
+The codec is causal, so what follows a clip cannot reach it; only what stands before it, and a partly filled last
+frame, can. Positions are computed on the device, without a sync. `B` batch, `C` channels, `L` samples or frames.
 """
 
 from typing import NamedTuple

@@ -1,11 +1,22 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 Split residual vector quantization (Moshi §3.3.3): a semantic codebook beside a stack of acoustic ones, outputs summed.
 
-The quantizer lives in float32, whatever the model is cast to: the search compares distances that bfloat16 cannot tell apart.
-Its forward writes nothing; it returns what a codebook update needs. Nothing is cached, so nothing goes stale: the
-centroids are computed from the buffers when a search begins, and a stream holds them for as long as it lives.
+The quantizer lives in float32, whatever the model is cast to: the search compares distances that bfloat16 cannot tell
+apart. Its forward writes nothing; it returns what a codebook update needs. Nothing is cached, so nothing goes stale:
+the centroids are computed from the buffers when a search begins, and a stream holds them for as long as it lives.
 
 `B` batch, `T` frames, `D` width of the latents, `Q` width of a codebook entry, `K` codebooks, `N` entries.
 """
@@ -15,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_mimi import MimiConfig
@@ -29,24 +40,23 @@ class SearchTable(NamedTuple):
     offsets: Tensor
 
 
+@auto_docstring
 @dataclass
 class MimiQuantizerOutput(ModelOutput):
     r"""
-    Everything that quantization found, for the decoder, the losses and the codebook updates.
-
-    Args:
-        audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_frames)`):
-            Codes, semantic first.
-        quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, hidden_size)`):
-            What the decoder gets: both branches, projected back and summed. Straight-through: its gradient reaches the
-            latents as if nothing had been quantized.
-        semantic_quantized, acoustic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`):
-            Each branch before its output projection, always quantized, straight-through. The acoustic one is `None`
-            when only semantic codebooks are used.
-        residuals (`torch.FloatTensor` of shape `(batch_size, num_quantizers, num_frames, codebook_dim)`):
-            What each codebook was asked to quantize, with gradient.
-        centroids (`torch.FloatTensor` of shape `(batch_size, num_quantizers, num_frames, codebook_dim)`):
-            What it answered, without gradient.
+    audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_frames)`):
+        Codes, semantic first.
+    quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, hidden_size)`):
+        What the decoder gets: both branches, projected back and summed. Straight-through: its gradient reaches the
+        latents as if nothing had been quantized.
+    semantic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`):
+        The semantic branch before its output projection, always quantized, straight-through.
+    acoustic_quantized (`torch.FloatTensor` of shape `(batch_size, num_frames, codebook_dim)`, *optional*):
+        The acoustic branch likewise; `None` when only semantic codebooks are used.
+    residuals (`torch.FloatTensor` of shape `(batch_size, num_quantizers, num_frames, codebook_dim)`):
+        What each codebook was asked to quantize, with gradient.
+    centroids (`torch.FloatTensor` of shape `(batch_size, num_quantizers, num_frames, codebook_dim)`):
+        What it answered, without gradient.
     """
 
     audio_codes: torch.LongTensor | None = None
@@ -87,7 +97,8 @@ def nearest(x: Tensor, table: SearchTable) -> Tensor:
     """
     Codes of the nearest entries, (..., Q) to (...).
 
-    |x - c|^2 / 2 is |x|^2 / 2 - (x . c - |c|^2 / 2), and |x| is the same for all entries: one product finds the nearest.
+    |x - c|^2 / 2 is |x|^2 / 2 - (x . c - |c|^2 / 2), and |x| is the same for all entries: one product finds the
+    nearest.
     """
     return linear(x, table.centroids, table.offsets).argmax(dim=-1)
 
@@ -166,7 +177,7 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
         return [layer.codebook.search_table() for layer in layers]
 
     def check_num_quantizers(self, num_quantizers: int | None) -> int:
-        """The number asked for, all if `None`; `ValueError` if there are not as many, or too few for the semantic ones."""
+        """The number asked for, all if `None`; `ValueError` if this quantizer cannot give it."""
         if num_quantizers is None:
             return self.num_quantizers
         if not self.num_semantic_quantizers <= num_quantizers <= self.num_quantizers:

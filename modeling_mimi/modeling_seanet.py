@@ -1,10 +1,21 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 SEANet, the convolutional outside of Mimi (Moshi §3.3.1): audio to 25 Hz steps, and back.
 
-`B` batch, `L` samples, `S` steps at 25 Hz, `C` audio channels, `D` width of the latents; activations are (B, time, width).
-Layers stand in one list with their activations between them, so that their indices are those of the files.
+`B` batch, `L` samples, `S` steps at 25 Hz, `C` audio channels, `D` width of the latents; activations are (B, time,
+width). Layers stand in one list with their activations between them, so that their indices are those of the files.
 """
 
 from torch import Tensor, nn
@@ -37,6 +48,7 @@ class MimiResnetBlock(nn.Module):
                 MimiConv1d(hidden, width, 1),
             ]
         )
+        # CODEPATH: kyutai/mimi takes the identity; a stock config can ask for the convolution
         self.shortcut = MimiConv1d(width, width, 1) if config.use_conv_shortcut else None
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:

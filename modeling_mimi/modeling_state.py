@@ -1,5 +1,16 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """What a stream remembers: a dictionary of plain tensors, one row per stream, of a size that never changes."""
 
 import torch
@@ -10,8 +21,8 @@ class StreamingState:
     r"""
     The state of one direction (encoder or decoder) of `batch_size` independent streams.
 
-    A layer that looks back names its tensors after itself (`"encoder.layers.3.padding"`), reads them at the start of a step
-    and writes them at its end, in place: the memory is allocated once.
+    A layer that looks back names its tensors after itself (`"encoder.layers.3.padding"`), reads them at the start of a
+    step and writes them at its end, in place: the memory is allocated once.
 
     Args:
         tensors (`dict[str, torch.Tensor]`):

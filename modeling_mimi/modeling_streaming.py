@@ -1,5 +1,16 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 Live streams: audio in pieces of any size to codes and back, equal to the whole, over a state of fixed size.
 
@@ -19,9 +30,9 @@ class MimiStream:
     r"""
     `batch_size` live streams, encoding and decoding; made by [`MimiModel.stream`].
 
-    Each input may have any length, none included. The streams of a batch are fed together, and each may begin anew at any
-    time: where one has no complete frame while others do, its codes are -1, and a frame of -1 decodes to silence and leaves its
-    stream as it was.
+    Each input may have any length, none included. The streams of a batch are fed together, and each may begin anew at
+    any time: where one has no complete frame while others do, its codes are -1, and a frame of -1 decodes to silence
+    and leaves its stream as it was.
 
     ```python
     >>> stream = model.stream()
@@ -61,8 +72,8 @@ class MimiStream:
 
         Args:
             audio (`torch.FloatTensor` of shape `(batch_size, audio_channels, num_samples)`):
-                Waveform in [-1, 1], any number of samples. The channel axis may be left out for mono, and the batch axis
-                for one stream.
+                Waveform in [-1, 1], any number of samples. The channel axis may be left out for mono, and the batch
+                axis for one stream.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_quantizers, num_frames)`, `num_frames` possibly 0.
@@ -117,11 +128,12 @@ class MimiStream:
 
         Args:
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_frames)`):
-                Codes of any number of frames. The batch axis may be left out for one stream. A frame whose semantic code
-                is -1 is absent.
+                Codes of any number of frames. The batch axis may be left out for one stream. A frame whose semantic
+                code is -1 is absent.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, audio_channels, num_frames * frame_size)`; 0 where frames are absent.
+            `torch.FloatTensor` of shape `(batch_size, audio_channels, num_frames * frame_size)`; 0 where frames are
+            absent.
 
         Raises:
             ValueError: a shape or a code does not fit, or the model has no decoder.
@@ -167,7 +179,8 @@ class MimiStream:
         own = self._tensors()
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state_dict.items()}:
             raise ValueError(
-                "This state belongs to another model, `batch_size` or `max_frames`: make the stream as it was made then."
+                "This state belongs to another model, `batch_size` or `max_frames`: "
+                "make the stream as it was made then."
             )
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
@@ -213,6 +226,7 @@ class MimiStream:
     def _with_all_axes(self, audio: Tensor) -> Tensor:
         if audio.dim() == 1 and self.batch_size == 1:
             audio = audio[None]
+        # CODEPATH: kyutai/mimi is mono; with more channels their axis cannot be left out
         if audio.dim() == 2 and self.config.audio_channels == 1:
             audio = audio[:, None]
         self.model._check_audio(audio, None)

@@ -1,11 +1,24 @@
-# Copyright 2026 The open Mimi contributors
-# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The open Mimi contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
-The transformer on either side of Mimi's quantizer (Moshi §3.3.1): pre-norm, RoPE, LayerScale, and attention in a window.
+The transformer on either side of Mimi's quantizer (Moshi §3.3.1): pre-norm, RoPE, LayerScale, and attention in a
+window.
 
-`B` batch, `S` steps at 25 Hz, `D` width, `H` heads, `W` window: a step sees itself and the `W - 1` steps before it. No mask
-is ever S x S: short clips attend at once, longer ones in blocks of `W` that each see the block before, and streams attend
-to a ring of the last keys and values. Everything that the layers share (angles, mask, ring slots) is made once per call.
+`B` batch, `S` steps at 25 Hz, `D` width, `H` heads, `W` window: a step sees itself and the `W - 1` steps before it. No
+mask is ever S x S: short clips attend at once, longer ones in blocks of `W` that each see the block before, and
+streams attend to a ring of the last keys and values. Everything that the layers share (angles, mask, ring slots) is
+made once per call.
 """
 
 from dataclasses import dataclass
@@ -27,9 +40,9 @@ class AttentionContext:
     """
     What all layers of one call share.
 
-    `cos` and `sin`, (B or 1, S, 1, head_dim): angles of the steps. `mask`, bool, broadcastable to (B, H, queries, keys), true
-    where a query sees a key. `block`: steps per block if attention runs in blocks. `slots`, (B, S): where in the ring a
-    stream writes its keys and values.
+    `cos` and `sin`, (B or 1, S, 1, head_dim): angles of the steps. `mask`, bool, broadcastable to (B, H, queries,
+    keys), true where a query sees a key. `block`: steps per block if attention runs in blocks. `slots`, (B, S): where
+    in the ring a stream writes its keys and values.
     """
 
     cos: Tensor
@@ -67,7 +80,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for its weights: (B, H, queries, head_dim) to (B, queries, H, head_dim) and the weights."""
+    """Attention written out: (B, H, queries, head_dim) to (B, queries, H, head_dim), and its weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = (query @ key.transpose(2, 3)) * scaling
@@ -130,7 +143,7 @@ class MimiAttention(nn.Module):
     def _remember(
         self, key: Tensor, value: Tensor, context: AttentionContext, state: StreamingState
     ) -> tuple[Tensor, Tensor]:
-        """Write the new steps into the ring and give the whole ring. An inactive row's slots are written again later."""
+        """Write the new steps into the ring and give all of it. An inactive row's slots are written again later."""
         slots = context.slots[:, None, :, None].expand_as(key)
         keys, values = state[f"{self.state_name}.keys"], state[f"{self.state_name}.values"]
         return keys.scatter_(2, slots, key), values.scatter_(2, slots, value)
@@ -200,21 +213,21 @@ class MimiTransformer(nn.Module):
         self,
         x: Tensor,
         state: StreamingState | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        with_hidden_states: bool = False,
+        with_attentions: bool = False,
     ) -> BaseModelOutput:
         """Attention weights are (B, H, S, S), or (B, H, S, 2W) over the own block and the one before if S > 2W."""
         context = self._whole_context(x) if state is None else self._streaming_context(x, state)
         hidden_states, attentions = (x,), ()
         for layer in self.layers:
-            x, weights = layer(x, context, state, output_attentions)
-            if output_hidden_states:
+            x, weights = layer(x, context, state, with_attentions)
+            if with_hidden_states:
                 hidden_states += (x,)
             attentions += (weights,)
         return BaseModelOutput(
             last_hidden_state=x,
-            hidden_states=hidden_states if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
+            hidden_states=hidden_states if with_hidden_states else None,
+            attentions=attentions if with_attentions else None,
         )
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -227,7 +240,8 @@ class MimiTransformer(nn.Module):
         if steps <= 2 * window:
             positions = torch.arange(steps, device=x.device)
             return AttentionContext(cos, sin, _sees(positions[:, None], positions, window)[None, None])
-        # block n holds the queries n W .. (n + 1) W - 1, which see keys from (n - 1) W on; before the clip there are none
+        # block n holds the queries n W .. (n + 1) W - 1, which see keys from (n - 1) W on; before the clip there are
+        # none
         offsets = torch.arange(window, device=x.device)
         starts = torch.arange(0, steps, window, device=x.device)[:, None, None]
         keys = starts + torch.arange(-window, window, device=x.device)
@@ -257,7 +271,7 @@ def _sees(queries: Tensor, keys: Tensor, window: int) -> Tensor:
 
 def _to_blocks(query: Tensor, key: Tensor, value: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut (B, H, S, head_dim) into (B * blocks, H, block, head_dim), keys and values with the block before."""
-    batch_size, _, steps, _ = query.shape
+    steps = query.shape[2]
     blocks = -(-steps // block)
 
     def cut(x: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""
+One full-size Mimi with random weights, read by every implementation that can be installed: stock, moshi, rustymimi, ours.
+
+Random weights cost what trained ones cost. They are drawn so that attention and every codebook matter, because the
+agreement between implementations and dtypes is reported, too.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from modeling_mimi import MimiConfig, MimiModel
+from modeling_mimi.conversion import convert
+
+CLIPS = Path(__file__).parent.parent / "data"
+NUM_QUANTIZERS = 8
+FRAME = 1920
+
+
+@dataclass
+class Codec:
+    """An implementation: whole clips, (1, 1, L) to (1, K, T) and back, and one live frame there and back."""
+
+    name: str
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    new_stream: Callable[[], Callable[[Tensor], Tensor]]
+    model: torch.nn.Module | None = None
+
+
+def real_speech(seconds: float) -> Tensor:
+    """The sample clips end to end, again and again, (1, 1, L) at 24 kHz."""
+    clips = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sorted(CLIPS.glob("*.flac"))])
+    samples = int(seconds * 24_000)
+    return torch.from_numpy(np.resize(clips, samples))[None, None]
+
+
+@torch.no_grad()
+def random_model(num_quantizers: int = 32) -> MimiModel:
+    """The released architecture with weights that were never trained, but that treat speech as if it mattered."""
+    torch.manual_seed(0)
+    model = MimiModel(MimiConfig(num_quantizers=num_quantizers)).eval()
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            parameter.uniform_(0.2, 0.8)
+        elif ".self_attn." in name or ".mlp." in name:
+            parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+        elif name.endswith("conv.bias"):
+            parameter.mul_(0.1)
+    latents = model.encode(real_speech(11), output_latents=True).latents
+    quantizer = model.quantizer
+    for branch in (quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer):
+        residual = branch.project_in(latents).flatten(0, 1)
+        for layer in branch.layers:
+            codebook = layer.codebook
+            codebook.embed_sum.normal_().mul_(residual.std(0)).add_(residual.mean(0))
+            residual = residual - codebook.centroids[torch.cdist(residual, codebook.centroids).argmin(-1)]
+    return model
+
+
+def ours(model: MimiModel, name: str) -> Codec:
+    def new_stream():
+        stream = model.stream(num_quantizers=NUM_QUANTIZERS)
+        return lambda frame: stream.decode(stream.encode(frame))
+
+    return Codec(
+        name,
+        lambda audio: model.encode(audio, num_quantizers=NUM_QUANTIZERS).audio_codes,
+        lambda codes: model.decode(codes).audio_values,
+        new_stream,
+        model,
+    )
+
+
+def stock(directory: Path, dtype: torch.dtype, name: str) -> Codec:
+    """Stock transformers. Its live frames: caches for the encoder; its decoder keeps no convolution state at all."""
+    import transformers
+
+    model = transformers.MimiModel.from_pretrained(directory, dtype=dtype).eval()
+
+    def new_stream():
+        cache: dict = {"encoder_past_key_values": None, "padding_cache": None}
+        past = None
+
+        def step(frame):
+            nonlocal past
+            encoded = model.encode(frame.to(dtype), num_quantizers=NUM_QUANTIZERS, use_streaming=True, **cache)
+            cache.update({name: getattr(encoded, name) for name in cache})
+            decoded = model.decode(encoded.audio_codes, decoder_past_key_values=past, use_cache=True)
+            past = decoded.decoder_past_key_values
+            return decoded.audio_values
+
+        return step
+
+    return Codec(
+        name,
+        lambda audio: model.encode(audio.to(dtype), num_quantizers=NUM_QUANTIZERS).audio_codes,
+        lambda codes: model.decode(codes).audio_values,
+        new_stream,
+        model,
+    )
+
+
+def moshi(native: Path) -> Codec:
+    """Kyutai's PyTorch package."""
+    from moshi.models import loaders
+
+    model = loaders.get_mimi(native, num_codebooks=NUM_QUANTIZERS)
+
+    def new_stream():
+        live = loaders.get_mimi(native, num_codebooks=NUM_QUANTIZERS)
+        live.streaming_forever(1)
+        return lambda frame: live.decode(live.encode(frame))
+
+    return Codec("moshi", model.encode, model.decode, new_stream)
+
+
+def rustymimi(native: Path) -> Codec:
+    """Kyutai's Rust package."""
+    from rustymimi import Tokenizer
+
+    whole = Tokenizer(str(native), num_codebooks=NUM_QUANTIZERS)
+
+    def new_stream():
+        live = Tokenizer(str(native), num_codebooks=NUM_QUANTIZERS)
+
+        def step(frame):
+            codes = live.encode_step(frame.numpy())
+            return None if codes is None else live.decode_step(codes)
+
+        return step
+
+    def encode(audio):
+        return torch.from_numpy(whole.encode(audio.contiguous().numpy()).astype(np.int64))
+
+    def decode(codes):
+        return torch.from_numpy(whole.decode(codes.numpy().astype(np.uint32)))
+
+    return Codec("rustymimi", encode, decode, new_stream)
+
+
+def all_codecs() -> list[Codec]:
+    """Every implementation on the same weights; stock in float32, which all ratios refer to, is the first."""
+    folder = Path(tempfile.mkdtemp(prefix="mimi-benchmark-"))
+    model = random_model()
+    model.save_pretrained(folder / "model")
+    convert(folder / "model", folder / "native.safetensors")
+    half = MimiModel.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
+    return [
+        stock(folder / "model", torch.float32, "stock fp32"),
+        stock(folder / "model", torch.bfloat16, "stock bf16"),
+        moshi(folder / "native.safetensors"),
+        rustymimi(folder / "native.safetensors"),
+        ours(MimiModel.from_pretrained(folder / "model").eval(), "ours fp32"),
+        ours(half, "ours bf16"),
+    ]
