@@ -21,16 +21,17 @@ a `StreamingState`. `B` batch, `T` steps, `C` channels; activations are (B, T, C
 import torch
 from torch import Tensor, nn
 
-from .modeling_kernels import conv1d, linear
+from .modeling_kernels import conv1d, join_past, linear
 from .modeling_state import StreamingState
 
 
 class MimiConv1d(nn.Module):
     """
-    Causal convolution, (B, T, C_in) to (B, T / stride, C_out). `T` is a multiple of the stride.
+    Causal convolution, (B, T, C_in) to (B, T / stride, C_out), after an ELU if `activate`. `T` is a multiple of the stride.
 
-    The window that ends at step `t` begins `(kernel_size - 1) * dilation` steps before: the clip is padded on the left
-    by that less `stride - 1`, with zeros or, `pad_mode="replicate"`, with its first step. State: `padding`.
+    The window that ends at step `t` begins `(kernel_size - 1) * dilation` steps before: the clip is padded on the left by
+    that less `stride - 1`, with zeros or, `pad_mode="replicate"`, with its first step. State: `padding`, and whether it
+    has `begun`.
     """
 
     def __init__(
@@ -42,13 +43,15 @@ class MimiConv1d(nn.Module):
         dilation: int = 1,
         bias: bool = True,
         pad_mode: str = "constant",
+        activate: bool = False,
     ):
         super().__init__()
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, dilation=dilation, bias=bias)
         self.stride = stride
         self.dilation = dilation
         self.padding = (kernel_size - 1) * dilation + 1 - stride
-        self.pad_mode = pad_mode
+        self.replicate = pad_mode == "replicate" and self.padding > 0
+        self.activate = activate
         self.state_name = ""
         self.channels_last_()
 
@@ -58,40 +61,60 @@ class MimiConv1d(nn.Module):
 
     def new_state(self, batch_size: int) -> dict[str, Tensor]:
         """The state before the first step, on the weight's device and in its dtype."""
-        padding = self.conv.weight.new_zeros(batch_size, self.padding, self.conv.in_channels)
-        return {f"{self.state_name}.padding": padding} if self.padding else {}
-
-    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
+        state = {}
         if self.padding:
-            x = torch.cat([self._left_padding(x, state), x], dim=1)
-            if state is not None:
-                state.write(f"{self.state_name}.padding", x[:, -self.padding :])
-        return conv1d(x, self.conv.weight, self.conv.bias, self.stride, self.dilation)
+            state["padding"] = self.conv.weight.new_zeros(batch_size, self.padding, self.conv.in_channels)
+        if self.replicate:
+            state["begun"] = torch.zeros(batch_size, dtype=torch.bool, device=self.conv.weight.device)
+        return {f"{self.state_name}.{name}": tensor for name, tensor in state.items()}
+
+    def forward(self, x: Tensor, state: StreamingState | None = None, residual: Tensor | None = None) -> Tensor:
+        if self.padding or self.activate:
+            x = join_past(self._left_padding(x, state), x, self.activate)
+        if self.padding and state is not None:
+            state.write(f"{self.state_name}.padding", x[:, -self.padding :])
+        return conv1d(x, self.conv.weight, self.conv.bias, self.stride, self.dilation, residual)
 
     def _left_padding(self, x: Tensor, state: StreamingState | None) -> Tensor:
-        replicated = x[:, :1].expand(-1, self.padding, -1) if self.pad_mode == "replicate" else None
-        if state is None:
-            return x.new_zeros(x.shape[0], self.padding, x.shape[2]) if replicated is None else replicated
+        first = None
+        if self.replicate:
+            first = nn.functional.elu(x[:, :1]) if self.activate else x[:, :1]
+            first = first.expand(-1, self.padding, -1)
+        if state is None or not self.padding:
+            return x.new_zeros(x.shape[0], self.padding, x.shape[2]) if first is None else first
         padding = state[f"{self.state_name}.padding"]
-        if replicated is None:
+        if first is None:
             return padding
-        return torch.where((state.position == 0).view(-1, 1, 1), replicated, padding)
+        begun = state[f"{self.state_name}.begun"]
+        padding = torch.where(begun.view(-1, 1, 1), padding, first)
+        state.write(f"{self.state_name}.begun", torch.ones_like(begun))
+        return padding
 
 
 class MimiConvTranspose1d(nn.Module):
     """
-    Causal transposed convolution with kernel `2 * stride`, (B, T, C_in) to (B, T * stride, C_out).
+    Causal transposed convolution with kernel `2 * stride`, (B, T, C_in) to (B, T * stride, C_out), after an ELU if
+    `activate`.
 
-    Input step `t` spreads over the output blocks `t` and `t + 1` of `stride` steps each; what would lie beyond the end
-    of the clip is trimmed. So a block is the sum of two products: one of its own step, one of the step before. State:
-    `overlap`, that step before.
+    Input step `t` spreads over the output blocks `t` and `t + 1` of `stride` steps each; what would lie beyond the end of
+    the clip is trimmed. So a block is the sum of two products: one of its own step, one of the step before.
+    State: `overlap`, that step before.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int = 1, bias: bool = True):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        groups: int = 1,
+        bias: bool = True,
+        activate: bool = False,
+    ):
         super().__init__()
         self.conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, groups=groups, bias=bias)
         self.stride = stride
         self.groups = groups
+        self.activate = activate
         self.state_name = ""
         self.channels_last_()
 
@@ -105,9 +128,10 @@ class MimiConvTranspose1d(nn.Module):
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         before = x.new_zeros(x.shape[0], 1, x.shape[2]) if state is None else state[f"{self.state_name}.overlap"]
-        before = torch.cat([before, x[:, :-1]], dim=1)
+        x = join_past(before, x, self.activate)
         if state is not None:
             state.write(f"{self.state_name}.overlap", x[:, -1:])
+        x, before = x[:, 1:], x[:, :-1]
         weight = self.conv.weight.permute(2, 1, 0)  # (2 * stride, C_out / groups, C_in)
         own, following = weight[: self.stride], weight[self.stride :]
         if self.groups == 1:

@@ -39,7 +39,8 @@ if _ONEDNN_DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _ONEDNN_DTYPES.add(torch.bfloat16)
 
 
-def _calls_kernels_directly(x: Tensor) -> bool:
+def calls_kernels_directly(x: Tensor) -> bool:
+    """Whether this is inference on a CPU, outside of `torch.compile`."""
     return x.device.type == "cpu" and not (
         torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
     )
@@ -47,7 +48,7 @@ def _calls_kernels_directly(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """`residual + x @ weight.T + bias` over the last axis: (..., C_in) and (C_out, C_in) give (..., C_out)."""
-    if x.dtype in _ONEDNN_DTYPES and _calls_kernels_directly(x) and weight.dtype == x.dtype and x.numel():
+    if x.dtype in _ONEDNN_DTYPES and calls_kernels_directly(x) and weight.dtype == x.dtype and x.numel():
         weight = weight.detach()
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
@@ -56,9 +57,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return x if residual is None else residual + x
 
 
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, dilation: int = 1) -> Tensor:
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    dilation: int = 1,
+    residual: Tensor | None = None,
+) -> Tensor:
     """
-    Convolution without padding: (B, T_in, C_in) and (C_out, C_in, K) give (B, T_out, C_out).
+    Convolution without padding, plus a residual: (B, T_in, C_in) and (C_out, C_in, K) give (B, T_out, C_out).
 
     The weight is best kept channels-last too, (C_out, K, C_in) in memory (see `channels_last_`): then every form below
     takes it as it lies. Where a window holds more numbers than there are windows, the weight is what costs: one
@@ -67,26 +75,38 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, dila
     """
     batch_size, steps, channels = x.shape
     kernel_size = weight.shape[2]
+    if kernel_size == stride == 1:
+        return linear(x, weight.squeeze(2), bias, residual)
     windows = (steps - (kernel_size - 1) * dilation - 1) // stride + 1
-    if _calls_kernels_directly(x) and batch_size * windows < kernel_size * channels:
+    if calls_kernels_directly(x) and batch_size * windows < kernel_size * channels:
         row, step, channel = x.stride()
         x = x.as_strided((batch_size, windows, kernel_size, channels), (row, stride * step, dilation * step, channel))
-        return linear(x.flatten(2), weight.transpose(1, 2).flatten(1), bias)
+        return linear(x.flatten(2), weight.transpose(1, 2).flatten(1), bias, residual)
     # a 2D convolution of height 1: the 1D one would make its input contiguous, channels first
     x = x.transpose(1, 2).unsqueeze(2)
     x = F.conv2d(x, weight.unsqueeze(2), bias, stride=(1, stride), dilation=(1, dilation))
-    return x.squeeze(2).transpose(1, 2)
+    x = x.squeeze(2).transpose(1, 2)
+    return x if residual is None else residual + x
 
 
-def elu(x: Tensor) -> Tensor:
+def join_past(past: Tensor, x: Tensor, activate: bool) -> Tensor:
     """
-    ELU with alpha 1, any shape.
+    `cat([past, elu(x)])` along time, (B, P, C) and (B, T, C) to (B, P + T, C), writing `x` once; without ELU if told so.
 
-    For x < 0 it is 2^(x log2 e) - 1, and `exp2` is four times as fast as the `expm1` that PyTorch's kernel spends its
-    time on; the difference is below 1e-7. In bfloat16 the subtraction would cost accuracy, so there PyTorch's kernel
-    stays.
+    For x < 0, ELU is 2^(x log2 e) - 1, and `exp2` is four times as fast as the `expm1` that PyTorch's ELU spends its time
+    on; the difference is below 1e-7. In bfloat16 the subtraction would cost accuracy: PyTorch's kernel stays.
     """
-    if x.dtype == torch.float32 and _calls_kernels_directly(x):
-        negative = (x * math.log2(math.e)).clamp_(max=0).exp2_().sub_(1)
-        return torch.maximum(x, negative, out=negative)
-    return F.elu(x)
+    if not calls_kernels_directly(x):
+        return torch.cat([past, F.elu(x) if activate else x], dim=1)
+    steps = past.shape[1]
+    joined = x.new_empty(x.shape[0], steps + x.shape[1], x.shape[2])
+    joined[:, :steps] = past
+    new = joined[:, steps:]
+    if not activate:
+        new.copy_(x)
+    elif x.dtype == torch.float32:
+        torch.mul(x, math.log2(math.e), out=new).clamp_(max=0).exp2_().sub_(1)
+        torch.maximum(x, new, out=new)
+    else:
+        torch.ops.aten.elu.out(x, 1, 1, 1, out=new)
+    return joined

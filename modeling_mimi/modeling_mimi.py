@@ -246,8 +246,8 @@ class MimiModel(MimiPreTrainedModel):
         """Frames per chunk, `None` for the whole at once."""
         if recording or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        # on a CPU, as much as stays in cache; elsewhere, as much as keeps the device busy
-        return chunk_frames or (25 if self.device.type == "cpu" else 1500)
+        # 10 s are enough to read the weights rarely; elsewhere it takes more to keep the device busy
+        return chunk_frames or (125 if self.device.type == "cpu" else 1500)
 
     # ---- the public directions
 

@@ -418,8 +418,8 @@ def test_memory_layout_survives_loading_and_casting(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     loaded = MimiModel.from_pretrained(tmp_path)
     for model in (tiny_model, loaded, copy.deepcopy(loaded), loaded.to(torch.bfloat16)):
-        assert model.encoder.layers[3].conv.weight.transpose(1, 2).is_contiguous()
-        assert model.decoder.layers[2].conv.weight.permute(2, 1, 0).is_contiguous()
+        assert model.encoder.layers["3"].conv.weight.transpose(1, 2).is_contiguous()
+        assert model.decoder.layers["2"].conv.weight.permute(2, 1, 0).is_contiguous()
 
 
 def test_bad_input_is_named(tiny_model):
