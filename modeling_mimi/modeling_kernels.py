@@ -41,8 +41,8 @@ if _ONEDNN_DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 def calls_kernels_directly(x: Tensor) -> bool:
     """Whether this is inference on a CPU, outside of `torch.compile`."""
-    return x.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    return x.is_cpu and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
     )
 
 
@@ -50,6 +50,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     """`residual + x @ weight.T + bias` over the last axis: (..., C_in) and (C_out, C_in) give (..., C_out)."""
     if x.dtype in _ONEDNN_DTYPES and calls_kernels_directly(x) and weight.dtype == x.dtype and x.numel():
         weight = weight.detach()
+        rows = x.numel() // x.shape[-1]
+        if 1 < rows < 4 and x.shape[-1] <= 1024 and x.dtype == torch.float32 and bias is residual is None:
+            # a streaming step of the transformer: turned round, MKL's product reads the weight in place, at full bandwidth
+            return torch.mm(weight, x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,0 +1,82 @@
+"""The house: what may import what, what travels to the Hub, how long a file may be, and that documents tell the truth."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_mimi"
+TRAVELS = sorted([*PACKAGE.glob("modeling_*.py"), PACKAGE / "configuration_mimi.py", PACKAGE / "feature_extraction_mimi.py"])
+FILES = sorted(PACKAGE.glob("*.py"))
+
+
+def imports_of(path: Path) -> dict[str, set[str]]:
+    """Absolute and relative imports of a file, as top-level package names and sibling modules."""
+    found = {"absolute": set(), "relative": set()}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found["absolute"] |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found["absolute"].add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1, f"{path.name} reaches out of the package"
+            assert node.module, f"{path.name}: `from . import x` does not travel to the Hub"
+            found["relative"].add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", TRAVELS, ids=lambda path: path.name)
+def test_what_travels_imports_only_what_is_there(path):
+    standard = {"math", "dataclasses", "typing", "collections", "functools", "copy"}
+    allowed = {"torch", "numpy", "transformers", "huggingface_hub", "soxr"} | standard
+    assert imports_of(path)["absolute"] <= allowed
+    names = {other.stem for other in TRAVELS}
+    assert imports_of(path)["relative"] <= names
+    assert "TYPE_CHECKING" not in path.read_text()
+
+
+def test_no_import_runs_back_up():
+    remaining = {path.stem: imports_of(path)["relative"] for path in FILES}
+    while remaining:
+        leaves = {name for name, needs in remaining.items() if not needs & remaining.keys()}
+        assert leaves, f"a circle among {sorted(remaining)}"
+        remaining = {name: needs for name, needs in remaining.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_and_functions_can_be_read(path):
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.lineno
+            assert node.end_lineno - start <= 60, f"{path.name}: {node.name}"
+
+
+def test_the_map_from_paper_to_code_leads_somewhere():
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| Paper |") :].split("\n\n")[0]
+    targets = re.findall(r"`(modeling_mimi/\w+\.py)`: `([\w.]+)`", table)
+    assert len(targets) >= 8
+    for path, name in targets:
+        source = (ROOT / path).read_text()
+        for part in name.split("."):
+            assert re.search(rf"(class|def) {part}\b|^\s*{part}\b.*[:=]", source, re.M), f"{path}: {name}"
+
+
+def test_blocks_of_the_readme_run(tiny_model, tmp_path, monkeypatch):
+    """Every Python block, in order and in one namespace, with a tiny model in the place of `kyutai/mimi`."""
+    from modeling_mimi import MimiModel
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) >= 3
+    tiny_model.save_pretrained(tmp_path)
+    load = MimiModel.from_pretrained.__func__
+    monkeypatch.setattr(MimiModel, "from_pretrained", classmethod(lambda cls, _, **kw: load(cls, tmp_path, **kw)))
+    monkeypatch.chdir(ROOT)
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block.replace("num_quantizers=8", "num_quantizers=4"), "README.md", "exec"), namespace)
+    assert namespace["speech"].shape[1] == 1
