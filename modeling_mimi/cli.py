@@ -387,12 +387,12 @@ def _convert(args: argparse.Namespace) -> int:
     """Convert between Kyutai's native file and a directory in the transformers layout."""
     from .conversion import convert
 
-    if Path(args.target).exists() and not args.overwrite:
-        raise CommandError(f"{args.target} exists already: --overwrite replaces it.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
             convert(_local(args.source, *WEIGHTS), args.target, overwrite=args.overwrite)
+        except FileExistsError as error:
+            raise CommandError(f"{args.target} exists already: --overwrite replaces it.") from error
         except (OSError, ValueError) as error:
             raise CommandError(f"Could not convert {args.source}: {_sentence(error)}") from error
     for warning in caught:

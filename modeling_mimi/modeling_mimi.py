@@ -228,13 +228,18 @@ class MimiModel(MimiPreTrainedModel):
                     tensors |= module.new_state(batch_size)
         return StreamingState(tensors)
 
-    def stream(self, batch_size: int = 1, num_quantizers: int | None = None, max_frames: int = 25) -> MimiStream:
+    def stream(
+        self, batch_size: int = 1, num_quantizers: int | None = None, max_frames: int = 25, compile: bool = False
+    ) -> MimiStream:
         """
         Begin `batch_size` live streams, see [`MimiStream`]. Longer inputs are taken `max_frames` frames at a time.
 
-        A stream holds the codebooks as they are now: after changing the weights, begin a new one.
+        With `compile=True`, single frames run through `torch.compile`: on a CPU that needs a C++ compiler and takes minutes
+        at the first frame of each direction, for about two thirds of the time per frame from then on.
+
+        A stream holds the weights as they are now: after changing them, begin a new one.
         """
-        return MimiStream(self, batch_size, num_quantizers, max_frames)
+        return MimiStream(self, batch_size, num_quantizers, max_frames, compile)
 
     def _need(self, half: str) -> None:
         if getattr(self, half) is None:

@@ -29,7 +29,6 @@ from .modeling_convolution import MimiConv1d, MimiConvTranspose1d
 from .modeling_kernels import calls_kernels_directly
 from .modeling_state import StreamingState
 
-
 CACHED_SAMPLES = 6 * 1920
 """Samples of audio whose widest activations stay in a CPU's cache, 3 MB in float32."""
 
@@ -116,9 +115,7 @@ class MimiDecoder(MimiSEANet):
 
     def __init__(self, config: MimiConfig):
         width, pad_mode = config.num_filters * 2 ** len(config.upsampling_ratios), config.pad_mode
-        layers: list[nn.Module | None] = [
-            MimiConv1d(config.hidden_size, width, config.kernel_size, pad_mode=pad_mode)
-        ]
+        layers: list[nn.Module | None] = [MimiConv1d(config.hidden_size, width, config.kernel_size, pad_mode=pad_mode)]
         for stride in config.upsampling_ratios:
             layers += [None, MimiConvTranspose1d(width, width // 2, stride, activate=True)]
             width //= 2

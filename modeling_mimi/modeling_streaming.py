@@ -22,6 +22,13 @@ from torch import Tensor, nn
 
 from .modeling_state import StreamingState
 
+_COMPILE_FOR_CPU = {
+    "freezing": True,  # weights packed once, as constants
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",  # products of a few rows, generated and tried against the library's
+    "max_autotune_report_choices_stats": False,
+}
+
 ABSENT = -1
 """Code of a frame that a stream of the batch does not have."""
 
@@ -43,7 +50,7 @@ class MimiStream:
     ```
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, num_quantizers: int | None, max_frames: int):
+    def __init__(self, model: nn.Module, batch_size: int, num_quantizers: int | None, max_frames: int, compile: bool):
         if batch_size < 1 or max_frames < 1:
             raise ValueError(f"`batch_size` and `max_frames` must be at least 1, got {batch_size} and {max_frames}.")
         self.model = model
@@ -58,6 +65,13 @@ class MimiStream:
                 self._encoder_state = model.new_encoder_state(batch_size, max_frames)
             if model.config.decoder_config is not None:
                 self._decoder_state = model.new_decoder_state(batch_size, max_frames)
+        self._encode_frame, self._decode_frame = model.encode_frames, model.decode_frames
+        if compile:
+            options = _COMPILE_FOR_CPU if model.device.type == "cpu" else None
+            self._encode_frame, self._decode_frame = (
+                torch.compile(step, fullgraph=True, dynamic=False, options=options)
+                for step in (model.encode_frames, model.decode_frames)
+            )
         # samples of the frame that is not yet complete, and how many they are, per stream
         self._pending = torch.zeros(
             batch_size, self.config.audio_channels, self.config.frame_size, device=model.device
@@ -155,7 +169,9 @@ class MimiStream:
         audio = [self._pending.new_zeros(self.batch_size, self.config.audio_channels, 0, dtype=self.model._dtype)]
         for start in range(0, audio_codes.shape[-1], steps):
             self._decoder_state.active = None if present is None else present[:, start]
-            audio.append(self.model.decode_frames(audio_codes[..., start : start + steps], self._decoder_state))
+            part = audio_codes[..., start : start + steps].contiguous()
+            step = self._decode_frame if part.shape[-1] == 1 and present is None else self.model.decode_frames
+            audio.append(step(part, self._decoder_state))
             if present is not None:
                 audio[-1] = audio[-1].where(present[:, start, None, None], 0)
         return torch.cat(audio, dim=-1)
@@ -209,7 +225,8 @@ class MimiStream:
             self._encoder_state.active = None if everyone else rows
             for first in range(start, end, self.max_frames):
                 part = audio[..., first * frame_size : min(first + self.max_frames, end) * frame_size]
-                part = self.model.encode_frames(part, self._encoder_state, self._tables)
+                step = self._encode_frame if part.shape[-1] == frame_size and everyone else self.model.encode_frames
+                part = step(part.contiguous(), self._encoder_state, self._tables)
                 codes.append(part if everyone else part.where(rows[:, None, None], ABSENT))
             start = end
         return torch.cat(codes, dim=-1)

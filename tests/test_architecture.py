@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_mimi"
-TRAVELS = sorted([*PACKAGE.glob("modeling_*.py"), PACKAGE / "configuration_mimi.py", PACKAGE / "feature_extraction_mimi.py"])
+TRAVELS = sorted(
+    [*PACKAGE.glob("modeling_*.py"), PACKAGE / "configuration_mimi.py", PACKAGE / "feature_extraction_mimi.py"]
+)
 FILES = sorted(PACKAGE.glob("*.py"))
 
 

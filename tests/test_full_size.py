@@ -10,9 +10,9 @@ import transformers
 from conftest import assert_same_codes
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-from codecs_under_test import NUM_QUANTIZERS, random_model, real_speech  # noqa: E402
+from codecs_under_test import NUM_QUANTIZERS, random_model, real_speech
 
-from modeling_mimi import MimiModel  # noqa: E402
+from modeling_mimi import MimiModel
 
 pytestmark = pytest.mark.slow
 FRAME = 1920

@@ -64,16 +64,18 @@ def random_model(num_quantizers: int = 32) -> MimiModel:
     return model
 
 
+def live(model: MimiModel, compile: bool = False) -> Callable[[Tensor], Tensor]:
+    stream = model.stream(num_quantizers=NUM_QUANTIZERS, compile=compile)
+    return lambda frame: stream.decode(stream.encode(frame))
+
+
 def ours(model: MimiModel, name: str) -> Codec:
-    def new_stream():
-        stream = model.stream(num_quantizers=NUM_QUANTIZERS)
-        return lambda frame: stream.decode(stream.encode(frame))
 
     return Codec(
         name,
         lambda audio: model.encode(audio, num_quantizers=NUM_QUANTIZERS).audio_codes,
         lambda codes: model.decode(codes).audio_values,
-        new_stream,
+        lambda: live(model),
         model,
     )
 

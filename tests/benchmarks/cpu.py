@@ -1,7 +1,7 @@
 """
 Speed on a CPU, side by side in one run on the same weights and the same real speech.
 
-    python tests/benchmarks/cpu.py                 # the tables of the README, about 6 minutes
+    python tests/benchmarks/cpu.py                 # the tables of the README, about 12 minutes
     python tests/benchmarks/cpu.py --only frames   # one of them: clips, frames, honesty, batches, growth
 
 Two threads, medians; the implementations take turns, so that a machine that slows down slows all of them. Run it on a quiet
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from codecs_under_test import FRAME, NUM_QUANTIZERS, Codec, all_codecs, real_speech
+from codecs_under_test import FRAME, NUM_QUANTIZERS, Codec, all_codecs, live, real_speech
 
 
 def take_turns(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -67,16 +67,17 @@ def clips(codecs: list[Codec], seconds: float = 10, repeats: int = 7) -> dict:
     return {"seconds": seconds, "encode_s": encode, "decode_s": decode}
 
 
-def frames(codecs: list[Codec], count: int = 150) -> dict:
-    """Live: one 80 ms frame after another through encoder and decoder, 12 s of them, so that the window is full."""
-    audio = real_speech((count + 150) * 0.08)
+def frames(codecs: list[Codec], count: int = 100, before: int = 130) -> dict:
+    """Live: one 80 ms frame after another through encoder and decoder, after 10.4 s that fill the window."""
+    audio = real_speech((count + before) * 0.08)
     steps = {codec.name: codec.new_stream() for codec in codecs}
+    steps |= {f"{c.name}, compiled": live(c.model, compile=True) for c in codecs if c.name.startswith("ours")}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index, frame in enumerate(audio.split(FRAME, -1)):
         for name, step in steps.items():
             start = time.perf_counter()
             step(frame)
-            if index >= 150:
+            if index >= before:
                 times[name].append(1000 * (time.perf_counter() - start))
     results = {
         name: {"p50_ms": statistics.median(ms), "p99_ms": statistics.quantiles(ms, n=100)[98]}
@@ -90,7 +91,7 @@ def frames(codecs: list[Codec], count: int = 150) -> dict:
     return results
 
 
-def honesty(codecs: list[Codec], seconds: float = 60) -> dict:
+def honesty(codecs: list[Codec], seconds: float = 24) -> dict:
     """What bfloat16 changes, and what another implementation does."""
     audio = real_speech(seconds)
     reference = next(codec for codec in codecs if codec.name == "ours fp32")
@@ -185,7 +186,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if arguments.growth_of:
         return growth_of(arguments.growth_of)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
     print(f"{arguments.threads} threads, {versions}")
     with torch.inference_mode():
         codecs = all_codecs()
