@@ -14,12 +14,15 @@
 """Configuration of Mimi: every constant of the codec, with the paper's value as default; rates are derived once."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
+
+_Derived: Any = None
+"""Beside a field's type: `None` may be passed and is derived, so that readers, and type checkers, never meet it."""
 
 _POSITIVE = (
     "sampling_rate",
@@ -159,7 +162,7 @@ class MimiConfig(PreTrainedConfig):
     hidden_size: int = 512
     num_filters: int = 64
     num_residual_layers: int = 1
-    upsampling_ratios: list[int] | None = None
+    upsampling_ratios: list[int] | _Derived = None
     kernel_size: int = 7
     last_kernel_size: int = 3
     residual_kernel_size: int = 3
@@ -169,7 +172,7 @@ class MimiConfig(PreTrainedConfig):
     compress: int = 2
     trim_right_ratio: float | int = 1.0
     codebook_size: int = 2048
-    codebook_dim: int | None = None
+    codebook_dim: int | _Derived = None
     num_quantizers: int = 8
     use_conv_shortcut: bool = False
     vector_quantization_hidden_dimension: int = 256
@@ -179,20 +182,20 @@ class MimiConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     num_attention_heads: int = 8
     num_key_value_heads: int = 8
-    head_dim: int | None = None
+    head_dim: int | _Derived = None
     hidden_act: str = "gelu"
     max_position_embeddings: int = 8000
     initializer_range: float = 0.02
     norm_eps: float = 1e-5
     use_cache: bool = False
     use_streaming: bool = False
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: dict | _Derived = None
     sliding_window: int = 250
     attention_dropout: float | int = 0.0
     layer_scale_initial_scale: float = 0.01
     attention_bias: bool = False
     tie_word_embeddings: bool = True
-    frame_rate: float | int | None = None
+    frame_rate: float | int | _Derived = None
     quantizer_dropout: bool = True
     unquantized_rate: float | int = 0.5
 

@@ -27,11 +27,12 @@ from .modeling_state import StreamingState
 
 class MimiConv1d(nn.Module):
     """
-    Causal convolution, (B, T, C_in) to (B, T / stride, C_out), after an ELU if `activate`. `T` is a multiple of the stride.
+    Causal convolution, (B, T, C_in) to (B, T / stride, C_out), after an ELU if `activate`. `T` is a multiple of the
+    stride.
 
-    The window that ends at step `t` begins `(kernel_size - 1) * dilation` steps before: the clip is padded on the left by
-    that less `stride - 1`, with zeros or, `pad_mode="replicate"`, with its first step. State: `padding`, and whether it
-    has `begun`.
+    The window that ends at step `t` begins `(kernel_size - 1) * dilation` steps before: the clip is padded on the left
+    by that less `stride - 1`, with zeros or, `pad_mode="replicate"`, with its first step. State: `padding`, and
+    whether it has `begun`.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class MimiConvTranspose1d(nn.Module):
     Causal transposed convolution with kernel `2 * stride`, (B, T, C_in) to (B, T * stride, C_out), after an ELU if
     `activate`.
 
-    Input step `t` spreads over the output blocks `t` and `t + 1` of `stride` steps each; what would lie beyond the end of
-    the clip is trimmed. So a block is the sum of two products: one of its own step, one of the step before.
+    Input step `t` spreads over the output blocks `t` and `t + 1` of `stride` steps each; what would lie beyond the end
+    of the clip is trimmed. So a block is the sum of two products: one of its own step, one of the step before.
     State: `overlap`, that step before.
     """
 

@@ -52,7 +52,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         weight = weight.detach()
         rows = x.numel() // x.shape[-1]
         if 1 < rows < 4 and x.shape[-1] <= 1024 and x.dtype == torch.float32 and bias is residual is None:
-            # a streaming step of the transformer: turned round, MKL's product reads the weight in place, at full bandwidth
+            # a streaming step of the transformer: turned round, MKL's product reads the weight in place, at full
+            # bandwidth
             return torch.mm(weight, x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
@@ -95,7 +96,8 @@ def conv1d(
 
 def join_past(past: Tensor, x: Tensor, activate: bool) -> Tensor:
     """
-    `cat([past, elu(x)])` along time, (B, P, C) and (B, T, C) to (B, P + T, C), writing `x` once; without ELU if told so.
+    `cat([past, elu(x)])` along time, (B, P, C) and (B, T, C) to (B, P + T, C), writing `x` once; without ELU unless
+    `activate`.
 
     For x < 0, ELU is 2^(x log2 e) - 1, and `exp2` is four times as fast as the `expm1` that PyTorch's ELU spends its
     time on; the difference is below 1e-7. It is taken in float32, whatever the dtype.

@@ -33,7 +33,7 @@ from .modeling_convolution import MimiConv1d, MimiConvTranspose1d
 from .modeling_outputs import MimiDecoderOutput, MimiEncoderOutput, MimiOutput
 from .modeling_padding import Span, from_left_edge, to_left_edge
 from .modeling_quantizer import MimiCodebook, MimiSplitResidualVectorQuantizer, SearchTable
-from .modeling_seanet import MimiDecoder, MimiEncoder
+from .modeling_seanet import MimiDecoder, MimiEncoder, MimiSEANet
 from .modeling_state import StreamingState
 from .modeling_streaming import MimiStream
 from .modeling_transformer import MimiLayerScale, MimiTransformer
@@ -151,7 +151,7 @@ class MimiModel(MimiPreTrainedModel):
 
     def get_encoded_length(self, input_length: Tensor | int) -> Tensor | int:
         """Frames that so many samples encode to."""
-        return self.config.num_frames(input_length)
+        return -(-input_length // self.config.frame_size)
 
     def get_audio_codes_mask(self, padding_mask: Tensor) -> Tensor:
         """Mask of the frames, (B, T), from that of the samples, (B, L). Left padding gives left padding."""
@@ -180,8 +180,9 @@ class MimiModel(MimiPreTrainedModel):
         """(B, C, T * frame_size) to latents (B, T, D) and the transformer's output."""
         if audio.shape[-1] == 0:
             return audio.new_zeros(audio.shape[0], 0, self.config.hidden_size), BaseModelOutput()
-        x = self.encoder(audio.to(self._dtype).transpose(1, 2).contiguous(), state)
-        x = transformed = self.encoder_transformer(x, state, **record)
+        encoder, transformer = self._need("encoder")
+        x = encoder(audio.to(self._dtype).transpose(1, 2).contiguous(), state)
+        x = transformed = transformer(x, state, **record)
         x = x.last_hidden_state if self.downsample is None else self.downsample(x.last_hidden_state, state)
         if state is not None:
             state.advance(x.shape[1])
@@ -192,10 +193,11 @@ class MimiModel(MimiPreTrainedModel):
         frames = quantized.shape[1]
         if frames == 0:
             return quantized.new_zeros(quantized.shape[0], self.config.audio_channels, 0), BaseModelOutput()
+        decoder, transformer = self._need("decoder")
         x = quantized.to(self._dtype)
         x = x if self.upsample is None else self.upsample(x, state)
-        x = transformed = self.decoder_transformer(x, state, **record)
-        x = self.decoder(x.last_hidden_state, state).transpose(1, 2)
+        x = transformed = transformer(x, state, **record)
+        x = decoder(x.last_hidden_state, state).transpose(1, 2)
         if state is not None:
             state.advance(frames)
         return x, transformed
@@ -203,7 +205,7 @@ class MimiModel(MimiPreTrainedModel):
     @property
     def _dtype(self) -> torch.dtype:
         """The dtype of everything but the quantizer."""
-        transformer = self.encoder_transformer or self.decoder_transformer
+        _, transformer = self._need("decoder" if self.encoder is None else "encoder")
         return transformer.layers[0].mlp.fc1.weight.dtype
 
     # ---- states and streams
@@ -228,24 +230,22 @@ class MimiModel(MimiPreTrainedModel):
                     tensors |= module.new_state(batch_size)
         return StreamingState(tensors)
 
-    def stream(
-        self, batch_size: int = 1, num_quantizers: int | None = None, max_frames: int = 25, compile: bool = False
-    ) -> MimiStream:
+    def stream(self, batch_size: int = 1, num_quantizers: int | None = None, max_frames: int = 25) -> MimiStream:
         """
         Begin `batch_size` live streams, see [`MimiStream`]. Longer inputs are taken `max_frames` frames at a time.
 
-        With `compile=True`, single frames run through `torch.compile`: on a CPU that needs a C++ compiler and takes minutes
-        at the first frame of each direction, for about two thirds of the time per frame from then on.
-
-        A stream holds the weights as they are now: after changing them, begin a new one.
+        A stream holds the codebooks as they are now: after changing the weights, begin a new one.
         """
-        return MimiStream(self, batch_size, num_quantizers, max_frames, compile)
+        return MimiStream(self, batch_size, num_quantizers, max_frames)
 
-    def _need(self, half: str) -> None:
-        if getattr(self, half) is None:
+    def _need(self, half: str) -> tuple[MimiSEANet, MimiTransformer]:
+        """SEANet and the transformer of a half; `ValueError` if the model was loaded without it."""
+        seanet, transformer = getattr(self, half), getattr(self, f"{half}_transformer")
+        if seanet is None:
             raise ValueError(
                 f"This model was loaded without its {half} (`{half}_config=None`): load it with both halves."
             )
+        return seanet, transformer
 
     def _chunk_frames(self, chunk_frames: int | None, recording: bool) -> int | None:
         """Frames per chunk, `None` for the whole at once."""
@@ -432,17 +432,17 @@ class MimiModel(MimiPreTrainedModel):
         self._need("decoder")
         self._check_audio(input_values, padding_mask)
         audio, span, num_frames = self._aligned_audio(input_values, padding_mask)
-        latents, encoded = self._latents(audio, **record)
+        latents, encoded = self._latents(audio, None, **record)
         unquantized = None
         if self.training:
             # CODEPATH: a switch of training; checkpoints do not differ in it
             if num_quantizers is None and self.config.quantizer_dropout:
                 acoustic = self.config.num_quantizers - self.config.num_semantic_quantizers
-                kept = torch.randint(1, acoustic + 1, ()).item()  # on the CPU's generator: no device sync
+                kept = int(torch.randint(1, acoustic + 1, ()))  # on the CPU's generator: no device sync
                 num_quantizers = self.config.num_semantic_quantizers + kept
             unquantized = torch.rand(latents.shape[0], device=latents.device) < self.config.unquantized_rate
         quantization = self.quantizer(latents, self.quantizer.search_tables(num_quantizers), unquantized)
-        reconstruction, decoded = self._synthesize(quantization.quantized, **record)
+        reconstruction, decoded = self._synthesize(quantization.quantized, None, **record)
         length = input_values.shape[-1]
         codes = quantization.audio_codes
         if padding_mask is not None:
@@ -523,7 +523,8 @@ def _per_sample(mask: Tensor) -> Tensor:
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    return torch.cat(parts, dim=1) if parts and parts[0] is not None else None
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, dim=1) if present else None
 
 
 def _output_of(encoded: MimiEncoderOutput, decoded: MimiDecoderOutput) -> MimiOutput:

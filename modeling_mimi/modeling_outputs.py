@@ -41,13 +41,13 @@ class MimiEncoderOutput(ModelOutput):
         steps `(batch_size, num_heads, steps, 2 * sliding_window)`, over a step's own block of keys and the one before.
     """
 
-    audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
-    latents: torch.FloatTensor | None = None
-    semantic_quantized: torch.FloatTensor | None = None
-    acoustic_quantized: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    audio_codes: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    semantic_quantized: torch.Tensor | None = None
+    acoustic_quantized: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @auto_docstring
@@ -62,9 +62,9 @@ class MimiDecoderOutput(ModelOutput):
         As in [`MimiEncoderOutput`], of the decoder's transformer.
     """
 
-    audio_values: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    audio_values: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @auto_docstring
@@ -98,15 +98,15 @@ class MimiOutput(ModelOutput):
         Those of the decoder's transformer.
     """
 
-    audio_codes: torch.LongTensor | None = None
-    audio_values: torch.FloatTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
-    latents: torch.FloatTensor | None = None
-    semantic_quantized: torch.FloatTensor | None = None
-    acoustic_quantized: torch.FloatTensor | None = None
-    residuals: torch.FloatTensor | None = None
-    centroids: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    audio_codes: torch.Tensor | None = None
+    audio_values: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    semantic_quantized: torch.Tensor | None = None
+    acoustic_quantized: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
+    centroids: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None

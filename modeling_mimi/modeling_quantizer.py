@@ -22,7 +22,7 @@ the centroids are computed from the buffers when a search begins, and a stream h
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,12 @@ class MimiQuantizerOutput(ModelOutput):
         What it answered, without gradient.
     """
 
-    audio_codes: torch.LongTensor | None = None
-    quantized: torch.FloatTensor | None = None
-    semantic_quantized: torch.FloatTensor | None = None
-    acoustic_quantized: torch.FloatTensor | None = None
-    residuals: torch.FloatTensor | None = None
-    centroids: torch.FloatTensor | None = None
+    audio_codes: Tensor | None = None
+    quantized: Tensor | None = None
+    semantic_quantized: Tensor | None = None
+    acoustic_quantized: Tensor | None = None
+    residuals: Tensor | None = None
+    centroids: Tensor | None = None
 
 
 class MimiCodebook(nn.Module):
@@ -116,7 +116,7 @@ class MimiResidualVectorQuantizer(nn.Module):
 
     def __init__(self, config: MimiConfig, num_quantizers: int):
         super().__init__()
-        self.layers = nn.ModuleList([MimiVectorQuantization(config) for _ in range(num_quantizers)])
+        self.layers: Any = nn.ModuleList([MimiVectorQuantization(config) for _ in range(num_quantizers)])
         width, inner = config.hidden_size, config.vector_quantization_hidden_dimension
         self.input_proj = nn.Conv1d(width, inner, 1, bias=False) if inner != width else None
         self.output_proj = nn.Conv1d(inner, width, 1, bias=False) if inner != width else None
@@ -208,7 +208,7 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
             branches = [(self.semantic_residual_vector_quantizer, tables[:split])]
             if len(tables) > split:
                 branches.append((self.acoustic_residual_vector_quantizer, tables[split:]))
-            quantized, vectors, levels = 0, [], []
+            outputs, vectors, levels = [], [], []
             for branch, branch_tables in branches:
                 projected = branch.project_in(latents)
                 levels.append(branch.quantize(projected, branch_tables))
@@ -216,7 +216,8 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
                 chosen = vectors[-1]
                 if unquantized is not None:
                     chosen = torch.where(unquantized.view(-1, 1, 1), projected, chosen)
-                quantized = quantized + branch.project_out(chosen)
+                outputs.append(branch.project_out(chosen))
+            quantized = sum(outputs[1:], outputs[0])
         codes, residuals, centroids = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         return MimiQuantizerOutput(
             audio_codes=codes,

@@ -57,8 +57,8 @@ class MimiSEANet(nn.Module):
     """
     Layers between audio and 25 Hz steps, in either direction.
 
-    Near the audio activations are large and weights small, far from it the reverse. So on a CPU the two stages nearest to the
-    audio walk through it in blocks whose activations stay in cache, and the others take everything at once.
+    Near the audio activations are large and weights small, far from it the reverse. So on a CPU the two stages nearest
+    to the audio walk through it in blocks whose activations stay in cache, and the others take everything at once.
     """
 
     def __init__(self, layers: dict[str, nn.Module], near: int, audio_stride: int):

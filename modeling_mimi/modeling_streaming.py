@@ -17,17 +17,12 @@ Live streams: audio in pieces of any size to codes and back, equal to the whole,
 `B` streams, `C` audio channels, `L` samples, `T` frames, `K` codebooks.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .modeling_state import StreamingState
-
-_COMPILE_FOR_CPU = {
-    "freezing": True,  # weights packed once, as constants
-    "max_autotune": True,
-    "max_autotune_gemm_backends": "CPP,ATEN",  # products of a few rows, generated and tried against the library's
-    "max_autotune_report_choices_stats": False,
-}
 
 ABSENT = -1
 """Code of a frame that a stream of the batch does not have."""
@@ -50,28 +45,22 @@ class MimiStream:
     ```
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, num_quantizers: int | None, max_frames: int, compile: bool):
+    def __init__(self, model: Any, batch_size: int, num_quantizers: int | None, max_frames: int):
         if batch_size < 1 or max_frames < 1:
             raise ValueError(f"`batch_size` and `max_frames` must be at least 1, got {batch_size} and {max_frames}.")
-        self.model = model
+        self.model = model  # a `MimiModel`, whose file imports this one
         self.config = model.config
         self.batch_size = batch_size
         self.max_frames = max_frames
         with torch.no_grad():
             self.num_quantizers = model.quantizer.check_num_quantizers(num_quantizers)
-            self._encoder_state = self._decoder_state = None
+            self._encoder_state: StreamingState | Any = None  # stays None without that half: see `model._need`
+            self._decoder_state: StreamingState | Any = None
             if model.config.encoder_config is not None:
                 self._tables = model.quantizer.search_tables(num_quantizers)
                 self._encoder_state = model.new_encoder_state(batch_size, max_frames)
             if model.config.decoder_config is not None:
                 self._decoder_state = model.new_decoder_state(batch_size, max_frames)
-        self._encode_frame, self._decode_frame = model.encode_frames, model.decode_frames
-        if compile:
-            options = _COMPILE_FOR_CPU if model.device.type == "cpu" else None
-            self._encode_frame, self._decode_frame = (
-                torch.compile(step, fullgraph=True, dynamic=False, options=options)
-                for step in (model.encode_frames, model.decode_frames)
-            )
         # samples of the frame that is not yet complete, and how many they are, per stream
         self._pending = torch.zeros(
             batch_size, self.config.audio_channels, self.config.frame_size, device=model.device
@@ -162,16 +151,14 @@ class MimiStream:
         self._check_batch(audio_codes)
         steps = self.max_frames
         if audio_codes.device.type == "cpu" or audio_codes.shape[-1] > 1:  # a single frame never waits for the device
-            if present.all():
+            if present is None or present.all():
                 present = None
             else:
                 steps = 1
         audio = [self._pending.new_zeros(self.batch_size, self.config.audio_channels, 0, dtype=self.model._dtype)]
         for start in range(0, audio_codes.shape[-1], steps):
             self._decoder_state.active = None if present is None else present[:, start]
-            part = audio_codes[..., start : start + steps].contiguous()
-            step = self._decode_frame if part.shape[-1] == 1 and present is None else self.model.decode_frames
-            audio.append(step(part, self._decoder_state))
+            audio.append(self.model.decode_frames(audio_codes[..., start : start + steps], self._decoder_state))
             if present is not None:
                 audio[-1] = audio[-1].where(present[:, start, None, None], 0)
         return torch.cat(audio, dim=-1)
@@ -225,8 +212,7 @@ class MimiStream:
             self._encoder_state.active = None if everyone else rows
             for first in range(start, end, self.max_frames):
                 part = audio[..., first * frame_size : min(first + self.max_frames, end) * frame_size]
-                step = self._encode_frame if part.shape[-1] == frame_size and everyone else self.model.encode_frames
-                part = step(part.contiguous(), self._encoder_state, self._tables)
+                part = self.model.encode_frames(part, self._encoder_state, self._tables)
                 codes.append(part if everyone else part.where(rows[:, None, None], ABSENT))
             start = end
         return torch.cat(codes, dim=-1)
@@ -264,27 +250,27 @@ class MimiStream:
 class MimiEncoderStep(nn.Module):
     """One streaming step of the encoder with its state as plain tensors in and out, for `torch.export`."""
 
-    def __init__(self, model: nn.Module, num_quantizers: int | None = None):
+    def __init__(self, model: Any, num_quantizers: int | None = None):
         super().__init__()
         self.model = model
         self.num_quantizers = num_quantizers
 
     def forward(self, audio: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Audio (B, C, T * frame_size) and a state to codes (B, K, T) and the next state."""
-        state = StreamingState({name: tensor.clone() for name, tensor in state.items()})
-        codes = self.model.encode_frames(audio, state, num_quantizers=self.num_quantizers)
-        return codes, state.tensors
+        after = StreamingState({name: tensor.clone() for name, tensor in state.items()})
+        codes = self.model.encode_frames(audio, after, num_quantizers=self.num_quantizers)
+        return codes, after.tensors
 
 
 class MimiDecoderStep(nn.Module):
     """One streaming step of the decoder with its state as plain tensors in and out, for `torch.export`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
 
     def forward(self, audio_codes: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes (B, K, T) and a state to audio (B, C, T * frame_size) and the next state."""
-        state = StreamingState({name: tensor.clone() for name, tensor in state.items()})
-        audio = self.model.decode_frames(audio_codes, state)
-        return audio, state.tensors
+        after = StreamingState({name: tensor.clone() for name, tensor in state.items()})
+        audio = self.model.decode_frames(audio_codes, after)
+        return audio, after.tensors

@@ -22,6 +22,7 @@ made once per call.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "MimiAttention",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -125,8 +126,8 @@ class MimiAttention(nn.Module):
         both = rotate(torch.cat([query, key], dim=2), context.cos, context.sin).transpose(1, 2)
         query, key = both.split([self.num_heads, self.num_key_value_heads], dim=1)
         value = value.transpose(1, 2)
-        if state is not None:
-            key, value = self._remember(key, value, context, state)
+        if state is not None and context.slots is not None:
+            key, value = self._remember(key, value, context.slots, state)
         elif context.block:
             query, key, value = _to_blocks(query, key, value, context.block)
 
@@ -140,11 +141,9 @@ class MimiAttention(nn.Module):
             weights = weights.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)[:, :, :steps]
         return linear(x, self.o_proj.weight, self.o_proj.bias), weights if with_weights else None
 
-    def _remember(
-        self, key: Tensor, value: Tensor, context: AttentionContext, state: StreamingState
-    ) -> tuple[Tensor, Tensor]:
+    def _remember(self, key: Tensor, value: Tensor, slots: Tensor, state: StreamingState) -> tuple[Tensor, Tensor]:
         """Write the new steps into the ring and give all of it. An inactive row's slots are written again later."""
-        slots = context.slots[:, None, :, None].expand_as(key)
+        slots = slots[:, None, :, None].expand_as(key)
         keys, values = state[f"{self.state_name}.keys"], state[f"{self.state_name}.values"]
         return keys.scatter_(2, slots, key), values.scatter_(2, slots, value)
 
@@ -201,7 +200,7 @@ class MimiTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.window = config.sliding_window
-        self.layers = nn.ModuleList([MimiTransformerLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers: Any = nn.ModuleList([MimiTransformerLayer(config) for _ in range(config.num_hidden_layers)])
 
     def new_state(self, batch_size: int, max_steps: int) -> dict[str, Tensor]:
         """The state before the first step, for steps of up to `max_steps` at a time."""

@@ -41,7 +41,8 @@ def register() -> None:
     AutoModelForAudioTokenization.register(MimiConfig, MimiModel, exist_ok=True)
     AutoFeatureExtractor.register(MimiConfig, MimiFeatureExtractor, exist_ok=True)
     if not getattr(AutoFeatureExtractor.from_pretrained, "knows_mimi", False):
-        AutoFeatureExtractor.from_pretrained = _ours_for_mimi(AutoFeatureExtractor.from_pretrained)
+        ours = _ours_for_mimi(AutoFeatureExtractor.from_pretrained)
+        AutoFeatureExtractor.from_pretrained = ours  # ty: ignore[invalid-assignment] replacing it is the point
 
 
 def _ours_for_mimi(from_pretrained: Callable) -> Callable:
@@ -65,5 +66,5 @@ def _ours_for_mimi(from_pretrained: Callable) -> Callable:
                 return MimiFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return extractor
 
-    wrapper.knows_mimi = True
+    wrapper.__dict__["knows_mimi"] = True
     return wrapper

@@ -1,4 +1,4 @@
-"""Small models and speech-like audio that every test can use, and the comparison of codes that knows about near-ties."""
+"""Small models and speech-like audio for every test, and the comparison of codes that knows about near-ties."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The house: what may import what, what travels to the Hub, how long a file may be, and that documents tell the truth."""
+"""The house: what may import what, what travels to the Hub, how long a file may be, and that documents are true."""
 
 import ast
 import re

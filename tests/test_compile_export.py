@@ -1,8 +1,8 @@
-"""One graph, no device sync: `torch.compile(fullgraph=True)` and `torch.export` of both directions and of the streaming step."""
+"""One graph, no device sync: `torch.compile(fullgraph=True)` and `torch.export` of both directions and of a step."""
 
 import pytest
 import torch
-from conftest import speech
+from conftest import assert_same_codes, speech
 from torch import nn
 
 from modeling_mimi.modeling_streaming import MimiDecoderStep, MimiEncoderStep
@@ -62,6 +62,23 @@ def test_compiles_a_streaming_step(tiny_model, compiled):
     assert codes.equal(expected)
     waves = torch.cat([decode(part, decoder_state) for part in codes.split(1, -1)], -1)
     torch.testing.assert_close(waves, tiny_model.decode(codes).audio_values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow  # generates C++ for a minute
+@torch.no_grad()
+def test_the_default_compiler(tiny_model):
+    torch.compiler.reset()
+    audio = speech(12 * FRAME)
+    whole = tiny_model.encode(audio, output_latents=True)
+    expected = tiny_model.decode(whole.audio_codes).audio_values
+    encode, decode = (torch.compile(f, fullgraph=True) for f in (tiny_model.encode_frames, tiny_model.decode_frames))
+    state = tiny_model.new_encoder_state(1, 1)
+    codes = torch.cat([encode(part.contiguous(), state) for part in audio.split(FRAME, -1)], -1)
+    assert_same_codes(tiny_model, whole.latents, codes, whole.audio_codes)
+    state = tiny_model.new_decoder_state(1, 1)
+    waves = torch.cat([decode(part.contiguous(), state) for part in whole.audio_codes.split(1, -1)], -1)
+    torch.testing.assert_close(waves, expected, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
 
 
 def test_compiles_training(tiny_model, compiled):

@@ -1,4 +1,4 @@
-"""The released architecture on real speech: stock's and moshi's numbers, an hour in bounded memory, the default compiler."""
+"""The released architecture on real speech: stock's numbers, long audio in bounded memory."""
 
 import resource
 import sys
@@ -72,15 +72,3 @@ def test_long_audio_takes_bounded_memory(model):
 
     short, long = peak_of(120), peak_of(480)
     assert long - short < 3 * 360 * 24_000 * 4 / 2**20, "MB beyond input and output"
-
-
-@torch.no_grad()
-def test_the_default_compiler(model, recwarn):
-    torch.compiler.reset()
-    audio = real_speech(1)[..., : 12 * FRAME]
-    state = model.new_encoder_state(1, 1)
-    compiled = torch.compile(model.encode_frames, fullgraph=True)
-    tables = model.quantizer.search_tables()
-    codes = torch.cat([compiled(frame.clone(), state, tables) for frame in audio.split(FRAME, -1)], -1)
-    whole = model.encode(audio, output_latents=True)
-    assert_same_codes(model, whole.latents, codes, whole.audio_codes)

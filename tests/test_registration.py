@@ -78,7 +78,8 @@ def test_ours_as_remote_code_without_the_package(directory):
     code += textwrap.dedent(AUTO.format(tokenization=", AutoModelForAudioTokenization", kwargs=kwargs))
     code += textwrap.dedent("""
         stream = loaded[2].stream()
-        assert torch.cat([stream.encode(audio[..., :100]), stream.encode(audio[..., 100:]), stream.flush()], -1).equal(codes)
+        pieces = stream.encode(audio[..., :100]), stream.encode(audio[..., 100:]), stream.flush()
+        assert torch.cat(pieces, -1).equal(codes)
         loaded[2].save_pretrained(path + "2")
         again = AutoModel.from_pretrained(path + "2", trust_remote_code=True)
         assert again.encode(audio).audio_codes.equal(codes)

@@ -1,5 +1,5 @@
 """
-One full-size Mimi with random weights, read by every implementation that can be installed: stock, moshi, rustymimi, ours.
+One full-size Mimi with random weights, read by every implementation there is: stock, moshi, rustymimi, ours.
 
 Random weights cost what trained ones cost. They are drawn so that attention and every codebook matter, because the
 agreement between implementations and dtypes is reported, too.
@@ -64,18 +64,16 @@ def random_model(num_quantizers: int = 32) -> MimiModel:
     return model
 
 
-def live(model: MimiModel, compile: bool = False) -> Callable[[Tensor], Tensor]:
-    stream = model.stream(num_quantizers=NUM_QUANTIZERS, compile=compile)
-    return lambda frame: stream.decode(stream.encode(frame))
-
-
 def ours(model: MimiModel, name: str) -> Codec:
+    def new_stream():
+        stream = model.stream(num_quantizers=NUM_QUANTIZERS)
+        return lambda frame: stream.decode(stream.encode(frame))
 
     return Codec(
         name,
         lambda audio: model.encode(audio, num_quantizers=NUM_QUANTIZERS).audio_codes,
         lambda codes: model.decode(codes).audio_values,
-        lambda: live(model),
+        new_stream,
         model,
     )
 
