@@ -86,11 +86,10 @@ class Failure(NamedTuple):
 # ---- which files
 
 
-def find_files(inputs: list[str], suffixes: frozenset[str], skip: Path) -> dict[Path, Path]:
+def find_files(inputs: list[str], suffixes: frozenset[str], output: Path) -> dict[Path, Path]:
     """
     Find the files that are meant by files, folders and globs, each with its place in the tree of outputs.
 
-    Folders are searched for `suffixes`, hidden files and the folder `skip` left out, and their files keep their place.
     A name that nothing has is taken for a file: reading it will say so.
     """
     files: dict[Path, Path] = {}
@@ -100,12 +99,20 @@ def find_files(inputs: list[str], suffixes: frozenset[str], skip: Path) -> dict[
             if not path.is_dir():
                 files.setdefault(path, Path(path.name))
                 continue
-            for file in sorted(path.rglob("*")):
-                place = file.relative_to(path)
-                hidden = any(part.startswith(".") for part in place.parts)
-                if file.suffix.lower() in suffixes and file.is_file() and not hidden and skip not in file.parents:
-                    files.setdefault(file, place)
+            for place in _places_in(path, suffixes, output):
+                files.setdefault(path / place, place)
     return files
+
+
+def _places_in(folder: Path, suffixes: frozenset[str], output: Path) -> Iterator[Path]:
+    """Files with these suffixes in a folder, relative to it; not hidden ones, nor outputs that lie inside."""
+    root, output = folder.resolve(), output.resolve()
+    outputs = output.relative_to(root) if root in output.parents else None
+    for file in sorted(folder.rglob("*")):
+        place = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in place.parts)
+        if file.suffix.lower() in suffixes and not hidden and outputs not in place.parents and file.is_file():
+            yield place
 
 
 def plan_jobs(files: dict[Path, Path], output: Path, endings: list[str]) -> list[Job]:

@@ -82,8 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "codebooks to use (default: all); several give several files, NAME.q8.wav"
     reconstruct.add_argument("--num-quantizers", type=count, nargs="+", metavar="K", help=text)
     for command in (decode, reconstruct):
-        text = "16-bit wav or flac, or ogg (default: wav)"
-        command.add_argument("--format", choices=("wav", "flac", "ogg"), default="wav", help=text)
+        command.add_argument("--format", choices=("wav", "flac", "ogg"), default="wav", help="default: wav, 16-bit")
 
     stream = add("stream", _stream, model)
     stream.add_argument("--from", dest="source", choices=("pcm", "codes"), default="pcm", help="what stdin is")
@@ -147,7 +146,6 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 def _load_model(args: argparse.Namespace) -> "MimiModel":
     """Load the model, or say in one sentence why not."""
-    import numpy as np
     import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -157,25 +155,24 @@ def _load_model(args: argparse.Namespace) -> "MimiModel":
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise CommandError(f"There is no device {device!r} here.") from error
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    folder = _local(args.model, *WEIGHTS)
+    folder, dtype = _local(args.model, *WEIGHTS), getattr(torch, args.dtype)
     try:
-        dtype = getattr(torch, args.dtype)
         config = _read_config(folder)
         model, loading = MimiModel.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
         if missing := loading["missing_keys"]:
-            raise ValueError(f"{len(missing)} of its weights are missing.")
-        for count in np.atleast_1d(args.num_quantizers):
-            model.quantizer.check_num_quantizers(count)
-    except (OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
+            raise ValueError(f"{len(missing)} of its weights are missing")
+        model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (AssertionError, OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
         raise CommandError(f"Could not load the model {args.model!r}: {_sentence(error)}") from error
-    return model.eval().to(device)
+    counts = args.num_quantizers if isinstance(args.num_quantizers, list) else [args.num_quantizers]
+    try:
+        for count in counts:
+            model.quantizer.check_num_quantizers(count)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return model.eval()
 
 
 def _local(name: str, *patterns: str) -> Path:
@@ -254,7 +251,7 @@ def _run_files(
     """What the batch commands share: find out what is to be done, and load the model only if there is something."""
     from .audio_files import find_files, plan_jobs, run_jobs
 
-    files = find_files(args.inputs, kind.suffixes, skip=args.output)
+    files = find_files(args.inputs, kind.suffixes, args.output)
     if not files:
         raise CommandError(f"There is no file to {args.name} in {', '.join(args.inputs)}.")
     try:
@@ -303,9 +300,7 @@ class _Live:
         self.resample_input = _resampler(rate, own_rate, self.config.audio_channels)
         self.resample_output = _resampler(own_rate, rate, self.config.audio_channels)
         self.rest = b""  # of a sample that is not yet complete
-        self.samples = 0
-        self.lines = 0
-        self.frames = 0
+        self.samples = self.lines = self.frames = 0
         self.seconds = 0.0
 
     def step(self, data: bytes) -> bytes:

@@ -18,12 +18,8 @@ The attribute tree is the layout of the files, so a `kyutai/mimi` directory load
 stock transformers. `B` batch, `C` audio channels, `L` samples, `T` frames, `K` codebooks, `D` width of the latents.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -32,43 +28,12 @@ from .configuration_mimi import MimiConfig
 from .modeling_convolution import MimiConv1d, MimiConvTranspose1d
 from .modeling_outputs import MimiDecoderOutput, MimiEncoderOutput, MimiOutput
 from .modeling_padding import Span, from_left_edge, to_left_edge
-from .modeling_quantizer import MimiCodebook, MimiSplitResidualVectorQuantizer, SearchTable
+from .modeling_pretrained import MimiPreTrainedModel
+from .modeling_quantizer import MimiSplitResidualVectorQuantizer, SearchTable
 from .modeling_seanet import MimiDecoder, MimiEncoder, MimiSEANet
 from .modeling_state import StreamingState
 from .modeling_streaming import MimiStream
-from .modeling_transformer import MimiLayerScale, MimiTransformer
-
-
-@auto_docstring
-class MimiPreTrainedModel(PreTrainedModel):
-    config: MimiConfig
-    base_model_prefix = "mimi"
-    main_input_name = "input_values"
-    input_modalities = "audio"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MimiTransformerLayer", "MimiResnetBlock", "MimiSplitResidualVectorQuantizer"]
-    _keep_in_fp32_modules_strict = ["quantizer"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation of convolutions, as Kyutai train with; stock's is 2.45 times wider."""
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-            fan_in = nn.init._calculate_fan_in_and_fan_out(module.weight)[0]
-            bound = fan_in**-0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, MimiLayerScale):
-            init.constant_(module.scale, self.config.layer_scale_initial_scale)
-        elif isinstance(module, MimiCodebook):
-            init.ones_(module.initialized)
-            init.ones_(module.cluster_usage)
-            init.zeros_(module.embed_sum)
-        else:
-            super()._init_weights(module)
+from .modeling_transformer import MimiTransformer
 
 
 @auto_docstring(custom_intro="The Mimi neural speech codec.")
@@ -101,53 +66,6 @@ class MimiModel(MimiPreTrainedModel):
             if hasattr(module, "state_name"):
                 module.state_name = name
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in [`PreTrainedModel`]; the weights are then laid out in memory as the kernels take them."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).channels_last_()
-        return loaded
-
-    def channels_last_(self) -> "MimiModel":
-        """Lay the convolutions' weights out channels-last: the same weights and shapes, and the fast kernels."""
-        for module in self.modules():
-            if isinstance(module, (MimiConv1d, MimiConvTranspose1d)):
-                module.channels_last_()
-        return self
-
-    def apply_weight_norm(self) -> None:
-        """Train SEANet's convolutions as direction and magnitude, as Kyutai do. Saving folds them back."""
-        for convolution in self._seanet_convolutions():
-            if not nn.utils.parametrize.is_parametrized(convolution):
-                nn.utils.parametrizations.weight_norm(convolution)
-
-    def remove_weight_norm(self) -> None:
-        """Fold directions and magnitudes into plain weights, for inference."""
-        for convolution in self._seanet_convolutions():
-            if nn.utils.parametrize.is_parametrized(convolution):
-                nn.utils.parametrize.remove_parametrizations(convolution, "weight")
-        self.channels_last_()
-
-    def _seanet_convolutions(self) -> Iterator[nn.Conv1d | nn.ConvTranspose1d]:
-        for half in (self.encoder, self.decoder):
-            for module in () if half is None else half.modules():
-                if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-                    yield module
-
-    def save_pretrained(self, save_directory, *args, state_dict: dict[str, Tensor] | None = None, **kwargs):
-        """As in [`PreTrainedModel`]; weight norm is folded in what is saved, and stays switched on in the model."""
-        state_dict = self.state_dict() if state_dict is None else dict(state_dict)
-        for name in [name for name in state_dict if name.endswith(".parametrizations.weight.original0")]:
-            prefix = name.removesuffix(".parametrizations.weight.original0")
-            magnitude, direction = state_dict.pop(name), state_dict.pop(name[:-1] + "1")
-            state_dict[f"{prefix}.weight"] = torch._weight_norm(direction, magnitude, 0)
-        # the code that travels along serves both Auto classes; transformers notes only the one it was registered for
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            "AutoModelForAudioTokenization": f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}",
-        }
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def get_encoded_length(self, input_length: Tensor | int) -> Tensor | int:
         """Frames that so many samples encode to."""
