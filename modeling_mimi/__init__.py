@@ -13,10 +13,29 @@
 # limitations under the License.
 """The open Mimi: Kyutai's streaming speech codec as an exact, trainable and fast Hugging Face model."""
 
-from .configuration_mimi import MimiConfig
-from .feature_extraction_mimi import MimiFeatureExtractor
-from .modeling_mimi import MimiModel
-from .modeling_streaming import MimiStream
-from .registration import register
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .configuration_mimi import MimiConfig
+    from .feature_extraction_mimi import MimiFeatureExtractor
+    from .modeling_mimi import MimiModel
+    from .modeling_streaming import MimiStream
+    from .registration import register
 
 __all__ = ["MimiConfig", "MimiFeatureExtractor", "MimiModel", "MimiStream", "register"]
+
+_HOMES = {
+    "MimiConfig": "configuration_mimi",
+    "MimiFeatureExtractor": "feature_extraction_mimi",
+    "MimiModel": "modeling_mimi",
+    "MimiStream": "modeling_streaming",
+    "register": "registration",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for when it is asked for: `mimi --help` need not wait for PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -143,6 +143,7 @@ def test_a_clip_does_not_depend_on_its_padding(tiny_model, lengths, extra, left,
         forward = tiny_model(audio, mask).audio_values
     assert batch.audio_codes_mask.equal(tiny_model.get_audio_codes_mask(mask))
     assert (batch.audio_codes[~batch.audio_codes_mask[:, None].expand_as(batch.audio_codes)] == 0).all()
+    assert batch.audio_codes_mask[:, -1 if left else 0].all(), "codes stay on the side where the clip was"
     assert decoded.shape == audio.shape
     for row, clip in enumerate(clips):
         with torch.no_grad():
