@@ -100,7 +100,8 @@ class MimiStream:
         codes = self._encode_complete(audio, complete)
         for row in going:
             rest = samples[row] - complete[row] * frame_size
-            self._pending[row, :, :rest] = audio[row, :, complete[row] * frame_size : samples[row]]
+            if rest:
+                self._pending[row, :, :rest] = audio[row, :, complete[row] * frame_size : samples[row]]
             self._pending_samples[row] = rest
         return codes
 
@@ -207,13 +208,14 @@ class MimiStream:
         codes = [torch.empty(self.batch_size, self.num_quantizers, 0, dtype=torch.int64, device=audio.device)]
         start = 0
         for end in sorted({frames for frames in complete if frames}):
-            rows = torch.tensor([frames >= end for frames in complete], device=audio.device)
-            everyone = min(complete) >= end
-            self._encoder_state.active = None if everyone else rows
+            rows = None  # everyone: the usual case, in which nothing is sent to the device
+            if min(complete) < end:
+                rows = torch.tensor([frames >= end for frames in complete], device=audio.device)
+            self._encoder_state.active = rows
             for first in range(start, end, self.max_frames):
                 part = audio[..., first * frame_size : min(first + self.max_frames, end) * frame_size]
                 part = self.model.encode_frames(part, self._encoder_state, self._tables)
-                codes.append(part if everyone else part.where(rows[:, None, None], ABSENT))
+                codes.append(part if rows is None else part.where(rows[:, None, None], ABSENT))
             start = end
         return torch.cat(codes, dim=-1)
 

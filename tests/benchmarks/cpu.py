@@ -191,7 +191,7 @@ def main() -> None:
     )
     print(f"{arguments.threads} threads, {versions}")
     with torch.inference_mode():
-        codecs = all_codecs()
+        codecs = [] if arguments.only == ["growth"] else all_codecs()
         results = {name: parts[name](codecs) for name in arguments.only}
     if arguments.output:
         arguments.output.write_text(json.dumps({"versions": versions, **results}, indent=2))
