@@ -59,7 +59,7 @@ def random_model(num_quantizers: int = 32) -> MimiModel:
         residual = branch.project_in(latents).flatten(0, 1)
         for layer in branch.layers:
             codebook = layer.codebook
-            # near what it will be asked for, so that many entries get used, and not too near, so that something is left
+            # near what it will be asked, so that many entries get used; not too near, so that something is left
             drawn = residual[torch.randint(len(residual), (len(codebook.embed_sum),))]
             codebook.embed_sum.normal_().mul_(0.5 * residual.std(0)).add_(0.7 * drawn)
             residual = residual - codebook.centroids[torch.cdist(residual, codebook.centroids).argmin(-1)]
