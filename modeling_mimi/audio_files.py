@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -272,7 +273,7 @@ def atomic(target: Path) -> Generator[Path]:
 # ---- what the three batch commands do with a batch
 
 
-class Task:
+class Task(ABC):
     """One of the batch commands: audio files to audio files, where it does not say otherwise."""
 
     suffixes = AUDIO_SUFFIXES
@@ -288,9 +289,9 @@ class Task:
         """Read a file."""
         return read_audio(source, self.extractor)
 
+    @abstractmethod
     def run(self, clips: list[Clip]) -> list[list[Tensor]]:
         """Give for each clip of a batch what each of its targets is to hold."""
-        raise NotImplementedError
 
     def write(self, path: Path, output: Tensor, clip: Clip) -> None:
         """Write what a target is to hold."""
