@@ -300,6 +300,7 @@ class MimiModel(MimiPreTrainedModel):
         num_quantizers: int | None = None,
         audio_codes: Tensor | None = None,
         output_latents: bool = False,
+        unquantized: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MimiOutput:
         r"""
@@ -314,6 +315,9 @@ class MimiModel(MimiPreTrainedModel):
             Codes to decode instead of encoding `input_values`.
         output_latents (`bool`, *optional*):
             Also return what lies between the encoder and the decoder.
+        unquantized (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+            Only in training mode: clips whose decoder gets the projected latents themselves (Moshi §3.3.3). Drawn at
+            `config.unquantized_rate` if not given.
 
         Example:
 
@@ -336,14 +340,20 @@ class MimiModel(MimiPreTrainedModel):
         if input_values is None:
             raise ValueError("Give `input_values` to encode and decode, or `audio_codes` to decode.")
         if self.training or torch.is_grad_enabled():
-            return self._forward_with_gradients(input_values, padding_mask, num_quantizers, self._record(**record))
+            record = self._record(**record)
+            return self._forward_with_gradients(input_values, padding_mask, num_quantizers, unquantized, record)
         encoded = self.encode(input_values, padding_mask, num_quantizers, output_latents, **record)
         decoded = self.decode(encoded.audio_codes, padding_mask, encoded.audio_codes_mask, **record)
         decoded.audio_values = decoded.audio_values[..., : input_values.shape[-1]]
         return _output_of(encoded, decoded)
 
     def _forward_with_gradients(
-        self, input_values: Tensor, padding_mask: Tensor | None, num_quantizers: int | None, record: dict[str, bool]
+        self,
+        input_values: Tensor,
+        padding_mask: Tensor | None,
+        num_quantizers: int | None,
+        unquantized: Tensor | None,
+        record: dict[str, bool],
     ) -> MimiOutput:
         """Audio to audio in one graph, through the straight-through quantizer and, in training, its noise."""
         self._need("encoder")
@@ -351,14 +361,16 @@ class MimiModel(MimiPreTrainedModel):
         self._check_audio(input_values, padding_mask)
         audio, span, num_frames = self._aligned_audio(input_values, padding_mask)
         latents, encoded = self._latents(audio, None, **record)
-        unquantized = None
-        if self.training:
+        if not self.training:
+            unquantized = None
+        else:
             # CODEPATH: a switch of training; checkpoints do not differ in it
             if num_quantizers is None and self.config.quantizer_dropout:
                 acoustic = self.config.num_quantizers - self.config.num_semantic_quantizers
                 kept = int(torch.randint(1, acoustic + 1, ()))  # on the CPU's generator: no device sync
                 num_quantizers = self.config.num_semantic_quantizers + kept
-            unquantized = torch.rand(latents.shape[0], device=latents.device) < self.config.unquantized_rate
+            if unquantized is None:
+                unquantized = torch.rand(latents.shape[0], device=latents.device) < self.config.unquantized_rate
         quantization = self.quantizer(latents, self.quantizer.search_tables(num_quantizers), unquantized)
         reconstruction, decoded = self._synthesize(quantization.quantized, None, **record)
         length = input_values.shape[-1]
