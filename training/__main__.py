@@ -6,16 +6,23 @@ The same command resumes; `python -m training --help` lists every field.
 import logging
 import sys
 
-from .config import parse
+import transformers
+
+from .config import RecipeError, parse
 
 
 def main() -> None:
     """Parse, then train."""
     logging.basicConfig(format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()  # the run has its own
     config = parse(sys.argv[1:])
-    from .trainer import Trainer  # after parsing, so that a mistake in a recipe shows at once
+    from .data import DataError  # after parsing, so that a mistake in a recipe shows at once
+    from .trainer import Trainer
 
-    Trainer(config).train()
+    try:
+        Trainer(config).train()
+    except (RecipeError, DataError, FloatingPointError, OSError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -68,17 +68,17 @@ class Checkpoints:
         wait()
         return self.path(step)
 
-    def load(self, rank: int) -> tuple[dict, dict | None] | None:
+    def load(self, rank: int) -> tuple[dict, dict] | None:
         """The newest checkpoint's shared state and this process's own; `None` in a new run.
 
-        The own state is `None` for a process that the run did not have when the checkpoint was written.
+        A process that the run did not have when the checkpoint was written gets the first one's.
         """
         steps = self.steps()
         if not steps:
             return None
         folder = self.path(steps[-1])
         own = folder / f"process-{rank}.pt"
-        return _read(folder / "state.pt"), _read(own) if own.exists() else None
+        return _read(folder / "state.pt"), _read(own if own.exists() else folder / "process-0.pt")
 
 
 def _write(state: dict, path: Path) -> None:

@@ -245,6 +245,10 @@ class TrainingConfig:
     """Steps skipped in a row that end the run."""
 
 
+class RecipeError(ValueError):
+    """A recipe asks for what cannot be; the message says which field and what to do."""
+
+
 def parse(arguments: Sequence[str]) -> TrainingConfig:
     """The configuration that a recipe and the overrides after it describe; exits with a sentence if they do not."""
     if not arguments or arguments[0].startswith("-"):
@@ -256,7 +260,7 @@ def parse(arguments: Sequence[str]) -> TrainingConfig:
             resolved.write_text(yaml.safe_dump(read_recipe(recipe) if recipe else {}))
             config = draccus.parse(TrainingConfig, config_path=resolved, args=overrides, prog="python -m training")
         return checked(config)
-    except (draccus.utils.DecodingError, ValueError, FileNotFoundError) as error:
+    except (draccus.utils.DecodingError, RecipeError) as error:
         sys.exit(f"{recipe or 'command line'}: {error}")
 
 
@@ -265,7 +269,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
-        raise FileNotFoundError(f"There is no recipe {path}. Shipped in training/recipes: {shipped}.")
+        raise RecipeError(f"There is no recipe {path}. Shipped in training/recipes: {shipped}.")
     fields = yaml.safe_load(path.read_text()) or {}
     base = fields.pop("base", None)
     return merged(read_recipe(path.parent / base), fields) if base else fields
@@ -282,7 +286,7 @@ def _nested(*values: Any) -> bool:
 
 
 def checked(config: TrainingConfig) -> TrainingConfig:
-    """The configuration, if its fields make sense together; `ValueError` names the field that does not."""
+    """The configuration, if its fields make sense together; `RecipeError` names the field that does not."""
     weights, data = config.objective.weights, config.data
     problems = {
         "data.sources: name at least one data set to train on": not data.sources,
@@ -301,5 +305,5 @@ def checked(config: TrainingConfig) -> TrainingConfig:
     }
     for problem, found in problems.items():
         if found:
-            raise ValueError(problem)
+            raise RecipeError(problem)
     return config

@@ -15,7 +15,7 @@ from modeling_mimi.modeling_outputs import MimiOutput
 
 from . import losses
 from .balancer import Balancer
-from .config import TrainingConfig
+from .config import RecipeError, TrainingConfig
 from .discriminators import Judgement
 from .distillation import Teacher, feature_reconstruction, frames_inside, pool
 from .spectral import MelDistance
@@ -62,7 +62,7 @@ class Objective:
         if "distillation" in self.weights or "feature_reconstruction" in self.weights:
             self.teacher = Teacher(config.teacher, device)
             if "feature_reconstruction" in self.weights and not self.teacher.differentiable:
-                raise ValueError(
+                raise RecipeError(
                     f"objective.weights.feature_reconstruction needs a teacher that gradients pass through, and the "
                     f"feature extractor of {config.teacher.pretrained} is not: WavLM, HuBERT, wav2vec 2.0 and Whisper "
                     "are."

@@ -270,13 +270,17 @@ def _tidied() -> Generator[None]:
     """Keep `datasets` from two habits: it tells a server of each opening, local files too, and leaves files open."""
     counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # without a network every telling takes seconds
+    collecting = gc.isenabled()
+    gc.disable()  # so that what is left at the end is all in the youngest generation, which is quickly collected
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         try:
             yield
         finally:
             datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-            gc.collect()  # closes the metadata files
+            gc.collect(0)  # closes the metadata files
+            if collecting:
+                gc.enable()
 
 
 def _open(config: SourceConfig, shares: int) -> Folder | Stream:
