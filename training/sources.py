@@ -17,7 +17,7 @@ from math import ceil, gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
+import datasets.config
 import fsspec
 import numpy as np
 import soundfile
@@ -72,7 +72,7 @@ class Share(NamedTuple):
     count: int
 
 
-def keyed(*key: int) -> np.random.Generator:
+def keyed(*key: int | str) -> np.random.Generator:
     """A random generator that depends on nothing but its key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()  # NumPy's own sequence takes (0,) for (0, 0)
     return np.random.Generator(np.random.Philox(int.from_bytes(digest, "big")))
@@ -188,8 +188,8 @@ class Folder:
 
     def blocks(
         self, key: Sequence[int], share: Share, size: int, position: dict | None = None
-    ) -> Generator[tuple[dict, list[Reference]], None, int]:
-        """Give the share's clips in blocks of `size`, each with its position; returns the number of clips in all.
+    ) -> Iterator[tuple[dict, list[Reference]]]:
+        """Give the share's clips in blocks of `size`, each with its position.
 
         Args:
             key: What keys the order, together with the epoch.
@@ -200,7 +200,6 @@ class Folder:
         order = keyed(*key, share.epoch).permutation(len(self.clips))[share.index :: share.count]
         for block in range(position["block"] if position else 0, ceil(len(order) / size)):
             yield {"block": block}, [self.clips[row] for row in order[block * size :][:size]]
-        return len(self.clips)
 
 
 class Stream:
@@ -216,8 +215,8 @@ class Stream:
 
     def blocks(
         self, key: Sequence[int], share: Share, size: int, position: dict | None = None
-    ) -> Generator[tuple[dict, list[Reference]], None, int | None]:
-        """As `Folder.blocks`; the number of clips is None where a share is made of whole shards."""
+    ) -> Iterator[tuple[dict, list[Reference]]]:
+        """As `Folder.blocks`; a share is made of whole shards where there are enough, else of every so many-th row."""
         by_shards = self.stream.num_shards >= share.count
         node = (share.index, share.count) if by_shards else (0, 1)
         stream = split_dataset_by_node(self.stream, *node, strategy="shards")  # a fresh one: a stream has one position
@@ -245,7 +244,6 @@ class Stream:
                 here, clips = {"block": block, "row": row, "stream": stream.state_dict()}, []
         if clips:
             yield here, clips
-        return None if by_shards else row
 
 
 def keeps(where: dict[str, list[str]], stream: IterableDataset, row: dict[str, Any]) -> bool:
@@ -311,11 +309,11 @@ def _open(config: SourceConfig, shares: int) -> Folder | Stream:
 def _load(config: SourceConfig) -> tuple[IterableDataset, str]:
     """The stream of a source, and the folder that the names of its files are relative to."""
     path = os.path.expanduser(config.path)
-    options = {"split": config.split, "streaming": True}
+    options: dict[str, Any] = {"split": config.split, "streaming": True}
     if os.path.isdir(path):
         folder = os.path.join(path, config.split)
         folder = folder if os.path.isdir(folder) else path
-        if not any(file.suffix.lower() in AUDIO_SUFFIXES for file in _walk(folder)):
+        if "audiofolder" not in _kinds(folder):
             return load_dataset(path, config.name, **options), path
         # naming the files keeps `datasets` from guessing splits from words like "test" in their names
         files = {config.split: os.path.join(glob.escape(folder), "**")}
@@ -336,8 +334,10 @@ def _load(config: SourceConfig) -> tuple[IterableDataset, str]:
     return load_dataset(path, config.name, revision=config.revision, **options), ""
 
 
-def _walk(folder: str) -> Iterator[Path]:
-    return (Path(name) for _, _, names in os.walk(folder) for name in names)
+def _kinds(folder: str) -> set[str | None]:
+    """What a folder holds: a sample beside tables or archives does not make it a folder of audio."""
+    kinds = {_kind(name) for _, _, names in os.walk(folder) for name in names if not name.startswith("metadata.")}
+    return kinds & {"parquet", "webdataset"} or kinds
 
 
 def _kind(name: str) -> str | None:

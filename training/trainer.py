@@ -16,6 +16,7 @@ import draccus
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
 from modeling_mimi import MimiFeatureExtractor
@@ -39,7 +40,7 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
-            log_with=list(config.trackers),
+            log_with=list(config.trackers) or None,
             project_dir=self.folder,
             # codebooks are written alike by all processes; sending rank 0's each step would be waste
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -79,10 +80,7 @@ class Trainer:
         self._resume()
         self.reporter.start(self.step)
         config, every = self.config, self.config.validation.every
-        clips = load_clips(
-            config.validation.sources, self.sampling_rate, config.validation.clips, config.validation.clip_s
-        )
-        self.clips = [(clip.name, clip.audio) for clip in clips]
+        self.clips = self._load_clips()
         batches = iter(self.loader)
         self.started = self.logged = time.monotonic()
         self.logged_wait_s = 0.0
@@ -109,6 +107,13 @@ class Trainer:
         elif self.accelerator.is_main_process:
             logger.warning("Stopped and saved after step %d: the same command goes on.", self.step)
         self.accelerator.end_training()
+
+    def _load_clips(self) -> list[tuple[str, Tensor]]:
+        settings = self.config.validation
+        if not settings.sources:
+            return []
+        clips = load_clips(settings.sources, self.sampling_rate, settings.clips, settings.clip_s)
+        return [(clip.name, clip.audio) for clip in clips]
 
     @contextlib.contextmanager
     def _stop_signals(self) -> Iterator[None]:
