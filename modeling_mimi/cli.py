@@ -354,7 +354,7 @@ class _Live:
         self.lines += 1
         words = line.split()
         codes = [int(word) for word in words if word.isdigit()]
-        size, least, most = self.config.codebook_size, self.config.num_semantic_quantizers, self.config.num_quantizers
+        size, least, most = self.config.codebook_size, self.config.least_quantizers, self.config.num_quantizers
         if words and (not least <= len(codes) == len(words) <= most or max(codes) >= size):
             rule = f"{least} to {most} integers from 0 to {size - 1}"
             raise CommandError(f"Line {self.lines} is not {rule}: {line[:60].decode(errors='replace')!r}.")

@@ -101,7 +101,8 @@ class MimiConfig(PreTrainedConfig):
     vector_quantization_hidden_dimension (`int`, *optional*, defaults to 256):
         Width of the space in which a branch quantizes.
     num_semantic_quantizers (`int`, *optional*, defaults to 1):
-        Codebooks of the semantic branch; the other branch holds the rest.
+        Codebooks of the semantic branch; the other branch holds the rest, if any: with all of them here the quantizer
+        is not split.
     upsample_groups (`int`, *optional*, defaults to 512):
         Groups of the transposed convolution that leads from frames back to SEANet's rate.
     num_hidden_layers (`int`, *optional*, defaults to 8):
@@ -277,12 +278,17 @@ class MimiConfig(PreTrainedConfig):
             f"must equal vector_quantization_hidden_dimension={self.vector_quantization_hidden_dimension}",
         )
         _require(
-            self.num_semantic_quantizers < self.num_quantizers,
+            self.num_semantic_quantizers <= self.num_quantizers,
             "num_semantic_quantizers",
             self.num_semantic_quantizers,
-            f"must be lower than num_quantizers={self.num_quantizers}",
+            f"must not exceed num_quantizers={self.num_quantizers}",
         )
         _require(0 <= self.unquantized_rate <= 1, "unquantized_rate", self.unquantized_rate, "must be in [0, 1]")
+
+    @property
+    def least_quantizers(self) -> int:
+        """The fewest codebooks that audio can be coded with: the semantic ones, or one where nothing is split off."""
+        return self.num_semantic_quantizers if self.num_semantic_quantizers < self.num_quantizers else 1
 
     @property
     def seanet_frame_rate(self) -> float:

@@ -366,9 +366,10 @@ class MimiModel(MimiPreTrainedModel):
         else:
             # CODEPATH: a switch of training; checkpoints do not differ in it
             if num_quantizers is None and self.config.quantizer_dropout:
-                acoustic = self.config.num_quantizers - self.config.num_semantic_quantizers
-                kept = int(torch.randint(1, acoustic + 1, ()))  # on the CPU's generator: no device sync
-                num_quantizers = self.config.num_semantic_quantizers + kept
+                split = self.config.num_semantic_quantizers < self.config.num_quantizers
+                least = self.config.least_quantizers + split
+                # on the CPU's generator: no device sync
+                num_quantizers = int(torch.randint(least, self.config.num_quantizers + 1, ()))
             if unquantized is None:
                 unquantized = torch.rand(latents.shape[0], device=latents.device) < self.config.unquantized_rate
         quantization = self.quantizer(latents, self.quantizer.search_tables(num_quantizers), unquantized)
@@ -432,7 +433,7 @@ class MimiModel(MimiPreTrainedModel):
             )
 
     def _check_codes(self, codes: Tensor) -> None:
-        least, most, size = self.config.num_semantic_quantizers, self.config.num_quantizers, self.config.codebook_size
+        least, most, size = self.config.least_quantizers, self.config.num_quantizers, self.config.codebook_size
         if codes.dim() != 3 or not least <= codes.shape[1] <= most:
             raise ValueError(
                 f"`audio_codes` must have shape (batch_size, {least} to {most} codebooks, num_frames), "

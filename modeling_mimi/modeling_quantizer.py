@@ -154,6 +154,7 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
 
     def __init__(self, config: MimiConfig):
         super().__init__()
+        self.config = config
         self.num_semantic_quantizers = config.num_semantic_quantizers
         self.num_quantizers = config.num_quantizers
         self.semantic_residual_vector_quantizer = MimiResidualVectorQuantizer(config, config.num_semantic_quantizers)
@@ -180,9 +181,10 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
         """The number asked for, all if `None`; `ValueError` if this quantizer cannot give it."""
         if num_quantizers is None:
             return self.num_quantizers
-        if not self.num_semantic_quantizers <= num_quantizers <= self.num_quantizers:
+        least = self.config.least_quantizers
+        if not least <= num_quantizers <= self.num_quantizers:
             raise ValueError(
-                f"`num_quantizers` must be from {self.num_semantic_quantizers} to {self.num_quantizers}, "
+                f"`num_quantizers` must be from {least} to {self.num_quantizers}, "
                 f"the codebooks of this model, got {num_quantizers}."
             )
         return num_quantizers

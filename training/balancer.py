@@ -14,7 +14,7 @@ class Balancer:
 
         G = total_norm * sum_i (w_i / sum_j w_j) * g_i / n_i
 
-    so `total_norm` bounds the norm per clip, whatever the losses' own scales and the batch size. Norms are averaged
+    so a clip gets `total_norm` on average, whatever the losses' own scales and the batch size. Norms are averaged
     over clips, accumulation steps and processes, and act one step later: so a batch taken in parts gives exactly the
     gradients of the whole one. In the first step in which a loss appears it is only measured.
 
@@ -36,7 +36,7 @@ class Balancer:
         return {name: self.sums[name] / count for name, count in self.counts.items() if count > 0}
 
     def balance(self, losses: Mapping[str, Tensor], reconstruction: Tensor) -> Tensor:
-        """The balanced gradient, shaped like `reconstruction` (B, 1, L), of losses that are means over B clips.
+        """The balanced gradient, shaped like `reconstruction` (B, 1, L), of losses that are means over clips.
 
         Raises:
             KeyError: a loss has no weight here.

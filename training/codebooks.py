@@ -82,6 +82,8 @@ class CodebookTrainer:
         positions = self._positions(mask)
         for level in self._next_uninitialized(codes.shape[2]):
             vectors = self.total(self._own(residuals[:, :, level], positions))
+            if not vectors.isfinite().all():
+                return  # a step that will be skipped; the next one may do
             self._start(self.codebooks[level], vectors, generator)
             self.initialized[level] = True
 
@@ -161,7 +163,7 @@ class CodebookTrainer:
         return torch.where((process == self.rank).unsqueeze(1), chosen, 0)
 
     def _start(self, codebook: MimiCodebook, vectors: Tensor, generator: torch.Generator) -> None:
-        """Entries are the k-means of `vectors`; one that attracts none begins just above the threshold of death."""
+        """Entries are the k-means of `vectors`; one that attracts none is soon replaced."""
         centroids, counts = kmeans(vectors, len(codebook.embed_sum), self.config.kmeans_iterations, generator)
         usage = counts.clamp(min=self.config.dead_threshold * float(counts.mean()))
         codebook.cluster_usage.copy_(usage)

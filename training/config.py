@@ -4,15 +4,21 @@ A recipe is YAML with these fields; `base: other.yaml` makes it a difference fro
 line overrides both (`--data.segment_s=2`). Unknown fields are refused.
 """
 
+import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import draccus
 import yaml
+
+from modeling_mimi import MimiConfig
+
+BALANCED = ("adversarial", "feature_matching", "mel", "waveform", "feature_reconstruction")
+"""Losses of the reconstruction, which act through the balancer."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Weight of each loss; 0 switches it off. The first five act through the balancer."""
+    """Weight of each loss; 0 switches it off. Those of `BALANCED` act through the balancer."""
 
     adversarial: float = 4.0
     """Hinge loss of the decoder, -mean(logit); 4 as in EnCodec's baseline."""
@@ -187,6 +193,16 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DiscriminatorOptimizerConfig(OptimizerConfig):
+    """The same for the discriminator. The paper does not state it: the rate is EnCodec's."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """There is no transformer to decay."""
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """What is measured on the averaged weights."""
 
@@ -225,10 +241,7 @@ class TrainingConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    discriminator_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, weight_decay=0.0)
-    )
-    """The paper does not state it: EnCodec's."""
+    discriminator_optimizer: DiscriminatorOptimizerConfig = field(default_factory=DiscriminatorOptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint_every: int = 5000
     """Steps between checkpoints."""
@@ -261,19 +274,25 @@ def parse(arguments: Sequence[str]) -> TrainingConfig:
             resolved.write_text(yaml.safe_dump(read_recipe(recipe) if recipe else {}))
             config = draccus.parse(TrainingConfig, config_path=resolved, args=overrides, prog="python -m training")
         return checked(config)
-    except (draccus.utils.DecodingError, RecipeError) as error:
+    except (draccus.utils.DecodingError, RecipeError, yaml.YAMLError) as error:
         sys.exit(f"{recipe or 'command line'}: {error}")
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe's fields, merged over those of its `base`."""
+def read_recipe(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's fields, merged over those of its `base`; `above` are the recipes that it is the base of."""
     path = Path(path)
     if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
         raise RecipeError(f"There is no recipe {path}. Shipped in training/recipes: {shipped}.")
     fields = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path} holds no fields, but a {type(fields).__name__}.")
     base = fields.pop("base", None)
-    return merged(read_recipe(path.parent / base), fields) if base else fields
+    if base is None:
+        return fields
+    if path.resolve() in above:
+        raise RecipeError(f"{path} is its own base.")
+    return merged(read_recipe(path.parent / base, (*above, path.resolve())), fields)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -282,13 +301,26 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**base, **changes, **both}
 
 
+def _missing(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields that are null and may not be, which draccus lets pass."""
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if value is None and type(None) not in get_args(entry.type):
+            yield prefix + entry.name
+        elif dataclasses.is_dataclass(value):
+            yield from _missing(value, f"{prefix}{entry.name}.")
+
+
 def _nested(*values: Any) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
 def checked(config: TrainingConfig) -> TrainingConfig:
     """The configuration, if its fields make sense together; `RecipeError` names the field that does not."""
+    for name in _missing(config):
+        raise RecipeError(f"{name}: must not be null")
     weights, data = config.objective.weights, config.data
+    unknown = config.model.config.keys() - MimiConfig().to_dict().keys()
     problems = {
         "data.sources: name at least one data set to train on": not data.sources,
         "data.batch_size, data.segment_s, steps, accumulation_steps: must be positive": min(
@@ -298,10 +330,10 @@ def checked(config: TrainingConfig) -> TrainingConfig:
         "data.min_duration_s: must not exceed data.segment_s": data.min_duration_s > data.segment_s,
         "objective.weights: none may be negative": min(vars(weights).values()) < 0,
         "model.trainable: nothing would train": not config.model.trainable,
-        "objective.weights: the decoder trains, so give adversarial, feature_matching, mel or waveform a weight": (
-            "decoder" in config.model.trainable
-            and not any((weights.adversarial, weights.feature_matching, weights.mel, weights.waveform))
+        "objective.weights: the decoder trains, so give one of " + ", ".join(BALANCED) + " a weight": (
+            "decoder" in config.model.trainable and not any(getattr(weights, name) for name in BALANCED)
         ),
+        f"model.config: MimiConfig has no {', '.join(sorted(unknown))}": bool(unknown),
     }
     for problem, found in problems.items():
         if found:

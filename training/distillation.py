@@ -71,8 +71,10 @@ class Teacher:
         if isinstance(self.extractor, WhisperFeatureExtractor):
             return {"input_features": self._whisper_log_mel(wave)}
         clips = [clip[:length].detach().cpu().numpy() for clip, length in zip(wave, lengths.tolist(), strict=True)]
+        # one more, as long as the window, so that features are padded to what the window would give
+        clips.append(torch.zeros(wave.shape[1]).numpy())
         inputs = self.extractor(clips, sampling_rate=self.sampling_rate, padding=True, return_tensors="pt")
-        return {name: value.to(wave.device) for name, value in inputs.items()}
+        return {name: value[:-1].to(wave.device) for name, value in inputs.items()}
 
     def _whisper_log_mel(self, wave: Tensor) -> Tensor:
         """Log-mel frames (B, M, 2 T') of waves (B, L) as they are, without the padding to 30 s.
@@ -103,7 +105,7 @@ class Teacher:
             encoder.embed_positions = nn.Embedding.from_pretrained(self._positions[:frames], freeze=True)
 
 
-def pool(features: Tensor, frames: int, samples_per_frame: float) -> Tensor:
+def pool(features: Tensor, frames: int, features_per_frame: float) -> Tensor:
     """Teacher's features (B, T', H) averaged to the codec's frames, (B, T, H); not causal (Moshi §3.3.3).
 
     At 50 Hz over 12.5 Hz the window is 8 features wide and moves by 4: half a frame before, half a frame after.
@@ -112,15 +114,16 @@ def pool(features: Tensor, frames: int, samples_per_frame: float) -> Tensor:
     Args:
         features: what the teacher says.
         frames: T.
-        samples_per_frame: duration of the audio over `frames`, in the teacher's features; only its rounding matters.
+        features_per_frame: features per frame of audio, a whole number but for what a front end loses at the ends.
 
     Raises:
         ValueError: the teacher's rate is not a multiple of the codec's.
     """
-    ratio = round(samples_per_frame)
-    if ratio < 1 or abs(samples_per_frame - ratio) > 0.25:
+    ratio = round(features_per_frame)
+    # a front end without padding loses a feature or two at the ends; another rate loses more and more
+    if ratio < 1 or abs(features_per_frame - ratio) * frames > 2.5:
         raise ValueError(
-            f"The teacher gives {samples_per_frame:.2f} features per frame of the codec: "
+            f"The teacher gives {features_per_frame:.2f} features per frame of the codec: "
             "choose one whose rate is a whole multiple of the codec's."
         )
     left = ratio // 2

@@ -33,7 +33,7 @@ def draw(codec: MimiConfig, seed: int, step: int, shape: tuple[int, int, int], r
     levels, semantic = codec.num_quantizers, codec.num_semantic_quantizers
     num_quantizers = levels
     if codec.quantizer_dropout:
-        lowest = semantic + 1 if semantic < levels else 1
+        lowest = codec.least_quantizers + (semantic < levels)
         num_quantizers = int(torch.randint(lowest, levels + 1, (), generator=generator))
     unquantized = torch.rand(shape, generator=generator) < codec.unquantized_rate
     return Draws(min(num_quantizers, ready), unquantized, torch.rand(shape, generator=generator), generator)

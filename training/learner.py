@@ -185,13 +185,16 @@ class Learner:
 
     def _initialize_codebooks(self, examples: list[Example], draws: Draws) -> None:
         """While a level that the step uses has no entries yet, take them from the batch."""
-        if self.codebooks is None or all(self.codebooks.initialized[: draws.num_quantizers]):
+        if self.codebooks is None:
             return
-        with torch.no_grad():
-            for part, example in enumerate(examples):
-                output, _ = self._run_codec(example, draws, part)
-                self.codebooks.observe(output.audio_codes, output.residuals, example.frame_mask)
-        self.codebooks.initialize(draws.generator)
+        for _ in range(draws.num_quantizers):
+            if all(self.codebooks.initialized[: draws.num_quantizers]):
+                return
+            with torch.no_grad():
+                for part, example in enumerate(examples):
+                    output, _ = self._run_codec(example, draws, part)
+                    self.codebooks.observe(output.audio_codes, output.residuals, example.frame_mask)
+            self.codebooks.initialize(draws.generator)
 
     def _run_codec(self, example: Example, draws: Draws, part: int) -> Output:
         unquantized = draws.unquantized[part, self.rank].to(example.audio.device)

@@ -15,13 +15,12 @@ from modeling_mimi.modeling_outputs import MimiOutput
 
 from . import losses
 from .balancer import Balancer
-from .config import RecipeError, TrainingConfig
+from .config import BALANCED, RecipeError, TrainingConfig
 from .discriminators import Judgement
 from .distillation import Teacher, feature_reconstruction, frames_inside, pool
-from .spectral import MelDistance
+from .spectral import MelDistance, masked_mean
 
 ADVERSARIAL = ("adversarial", "feature_matching")
-BALANCED = (*ADVERSARIAL, "mel", "waveform", "feature_reconstruction")
 DIRECT = ("commitment", "distillation")
 
 
@@ -130,8 +129,7 @@ class Objective:
         balanced = {name: values[name] for name in BALANCED if name in values}
         if balanced:
             gradient = self.balancer.balance(balanced, reconstruction)
-            # a mean over clips, like the other losses
-            total = total + (reconstruction * gradient).sum() / len(reconstruction)
+            total = total + (reconstruction * gradient).sum()
         return total
 
     def _adversarial_losses(
@@ -185,6 +183,6 @@ class Objective:
 
 @torch.no_grad()
 def _share(logits: list[Tensor], masks: list[Tensor], right: Callable[[Tensor], Tensor]) -> Tensor:
-    """Share of the logits that are right, averaged over scales."""
-    shares = [right(scale)[mask].float().mean() for scale, mask in zip(logits, masks, strict=True)]
+    """Share of the logits that are right, averaged over clips and scales."""
+    shares = [masked_mean(right(scale).float(), mask) for scale, mask in zip(logits, masks, strict=True)]
     return torch.stack(shares).mean()

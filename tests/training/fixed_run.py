@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+import training.learner
 import training.trainer
 from training.config import parse
 from training.data import Batch
@@ -27,7 +28,8 @@ class FixedWindows:
             # parts of a step come one after the other, each with all processes' rows side by side
             first = self.given * self.batch_size * self.world_size + self.rank * self.batch_size
             self.given += 1
-            yield Batch(*(torch.stack(rows) for rows in zip(*map(window, range(first, first + self.batch_size)))))
+            audio, masks = zip(*map(window, range(first, first + self.batch_size)), strict=True)
+            yield Batch(torch.stack(audio), torch.stack(masks))
 
     def state_dict(self):
         return {"given": self.given}
@@ -52,9 +54,16 @@ def window(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (audio * mask).unsqueeze(0), mask
 
 
+def gradient_descent(modules, config) -> torch.optim.Optimizer:
+    """Moves in proportion to gradients: Adam would blow their rounding errors up wherever they are nearly zero."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(parameters, lr=config.learning_rate)
+
+
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     training.trainer.WindowLoader = FixedWindows
+    training.learner.build_optimizer = gradient_descent
     training.trainer.Trainer(parse(arguments)).train()
 
 

@@ -313,6 +313,22 @@ def test_levels_are_initialised_one_after_the_other_in_each_branch():
     assert trainer.ready == LEVELS
 
 
+def test_one_level_of_a_branch_is_initialised_at_a_time_however_many_are_observed():
+    trainer = CodebookTrainer(quantizer(), CodebookConfig())
+    trainer.restart()
+    trainer.observe(*observation())
+    trainer.initialize(generator())
+    assert trainer.initialized == [True, True, False, False]
+
+
+def test_only_levels_in_use_are_initialised():
+    trainer = CodebookTrainer(quantizer(), CodebookConfig())
+    trainer.restart()
+    trainer.observe(*observation(levels=1))
+    trainer.initialize(generator())
+    assert trainer.initialized == [True, False, False, False]
+
+
 def test_a_level_begins_with_the_kmeans_of_its_own_residuals():
     module = quantizer()
     trainer = CodebookTrainer(module, CodebookConfig())
