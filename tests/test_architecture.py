@@ -13,6 +13,14 @@ TRAVELS = sorted(
     [*PACKAGE.glob("modeling_*.py"), PACKAGE / "configuration_mimi.py", PACKAGE / "feature_extraction_mimi.py"]
 )
 FILES = sorted(PACKAGE.glob("*.py"))
+TRAINER = ROOT / "training"
+TRAINER_FILES = sorted(TRAINER.glob("*.py"))
+SHARED = {"config", "spectral"}
+"""What every leaf of the trainer may import."""
+LEAVES = {
+    *("balancer", "checkpoints", "codebooks", "codec", "discriminators", "distillation", "draws", "ema", "history"),
+    *("losses", "meters", "optimization", "pictures", "sources", "validation"),
+}
 
 
 def imports_of(path: Path) -> dict[str, set[str]]:
@@ -39,8 +47,9 @@ def test_what_travels_imports_only_what_is_there(path):
     assert "TYPE_CHECKING" not in path.read_text()
 
 
-def test_no_import_runs_back_up():
-    remaining = {path.stem: imports_of(path)["relative"] for path in FILES}
+@pytest.mark.parametrize("files", [FILES, TRAINER_FILES], ids=["modeling_mimi", "training"])
+def test_no_import_runs_back_up(files):
+    remaining = {path.stem: imports_of(path)["relative"] for path in files}
     while remaining:
         leaves = {name for name, needs in remaining.items() if not needs & remaining.keys()}
         assert leaves, f"a circle among {sorted(remaining)}"
@@ -48,6 +57,20 @@ def test_no_import_runs_back_up():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_codec_knows_nothing_of_its_trainer(path):
+    assert "training" not in imports_of(path)["absolute"]
+
+
+def test_leaves_of_the_trainer_do_not_know_each_other():
+    needs = {path.stem: imports_of(path)["relative"] for path in TRAINER_FILES}
+    assert needs.keys() >= LEAVES
+    for leaf in LEAVES:
+        assert needs[leaf] <= SHARED, leaf
+    assert [name for name in needs if "objective" in needs[name]] == ["learner"]
+    assert [name for name in needs if "learner" in needs[name]] == ["trainer"]
+
+
+@pytest.mark.parametrize("path", [*FILES, *TRAINER_FILES], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_files_and_functions_can_be_read(path):
     text = path.read_text()
     assert text.count("\n") <= 500
@@ -60,8 +83,8 @@ def test_files_and_functions_can_be_read(path):
 def test_the_map_from_paper_to_code_leads_somewhere():
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| Paper |") :].split("\n\n")[0]
-    targets = re.findall(r"`(modeling_mimi/\w+\.py)`: `([\w.]+)`", table)
-    assert len(targets) >= 8
+    targets = re.findall(r"`((?:modeling_mimi|training)/\w+\.py)`: `([\w.]+)`", table)
+    assert len(targets) >= 18
     for path, name in targets:
         source = (ROOT / path).read_text()
         for part in name.split("."):

@@ -6,7 +6,7 @@ The same command resumes; `python -m training --help` lists every field.
 import logging
 import sys
 
-import transformers
+from transformers.utils.logging import disable_progress_bar
 
 from .config import RecipeError, parse
 
@@ -14,7 +14,7 @@ from .config import RecipeError, parse
 def main() -> None:
     """Parse, then train."""
     logging.basicConfig(format="%(message)s")
-    transformers.utils.logging.disable_progress_bar()  # the run has its own
+    disable_progress_bar()  # the run has its own
     config = parse(sys.argv[1:])
     from .data import DataError  # after parsing, so that a mistake in a recipe shows at once
     from .trainer import Trainer

@@ -152,8 +152,11 @@ class ObjectiveConfig:
     that gives for 128 clips on 8 devices. Too low, and the encoder hears commitment and distillation alone."""
     norm_decay: float = 0.999
     """Decay of the running gradient norms."""
+    discriminator_start_step: int = 0
+    """Step at which the discriminator begins to learn."""
     adversarial_start_step: int = 0
-    """Step at which the discriminator and its two losses begin; later than 0 only for short runs."""
+    """Step at which its two losses begin to act on the codec. Later than its own start in short runs and where a
+    trained codec meets a new discriminator: the balancer would give full weight to one that knows nothing yet."""
     mel_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     """Window lengths of the mel distance, in samples."""
     mel_bins: int = 64
@@ -265,9 +268,8 @@ class RecipeError(ValueError):
 
 def parse(arguments: Sequence[str]) -> TrainingConfig:
     """The configuration that a recipe and the overrides after it describe; exits with a sentence if they do not."""
-    if not arguments or arguments[0].startswith("-"):
-        arguments = [None, *arguments]
-    recipe, *overrides = arguments
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe, overrides = (arguments[0], arguments[1:]) if named else (None, arguments)
     try:
         with tempfile.TemporaryDirectory() as folder:
             resolved = Path(folder) / "recipe.yaml"
@@ -332,6 +334,9 @@ def checked(config: TrainingConfig) -> TrainingConfig:
         "model.trainable: nothing would train": not config.model.trainable,
         "objective.weights: the decoder trains, so give one of " + ", ".join(BALANCED) + " a weight": (
             "decoder" in config.model.trainable and not any(getattr(weights, name) for name in BALANCED)
+        ),
+        "objective.adversarial_start_step: must not lie before discriminator_start_step": (
+            config.objective.adversarial_start_step < config.objective.discriminator_start_step
         ),
         f"model.config: MimiConfig has no {', '.join(sorted(unknown))}": bool(unknown),
     }

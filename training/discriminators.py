@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class STFTDiscriminator(nn.Module):
         self.hop_samples = window_samples // 4
         window = torch.hann_window(window_samples)
         # normalised by the window's norm, so that white noise has the same level at every scale
+        self.window: Tensor
         self.register_buffer("window", window / window.norm(), persistent=False)
         convolutions = [nn.Conv2d(2, num_filters, (3, 9), padding=(1, 4))]
         for dilation in (1, 2, 4):
@@ -85,7 +87,7 @@ class MultiScaleSTFTDiscriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
-        self.judges = nn.ModuleList([STFTDiscriminator(w, config.num_filters) for w in config.windows])
+        self.judges: Any = nn.ModuleList([STFTDiscriminator(w, config.num_filters) for w in config.windows])
 
     def forward(self, audio: Tensor, mask: Tensor | None = None) -> list[Judgement]:
         """One judgement per scale of waves (B, 1, L).

@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from modeling_mimi import MimiModel
-from modeling_mimi.modeling_outputs import MimiOutput
 
 from .codebooks import CodebookTrainer
 from .codec import PARTS, averaged_codec, build_codec, part_parameters
@@ -26,8 +25,8 @@ from .meters import Meters
 from .objective import Example, Objective
 from .optimization import build_optimizer, gradient_norm, learning_rate, scale_gradients, set_learning_rate
 
-Output = tuple[MimiOutput, Tensor]
-"""What the codec says of an example, and the reconstruction (B, 1, L), silent beyond the clip's end."""
+Output = tuple[Any, Tensor]
+"""The codec's `MimiOutput` of an example, and the reconstruction (B, 1, L), silent beyond the clip's end."""
 
 
 class Learner:
@@ -43,11 +42,14 @@ class Learner:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.codec = build_codec(config.model)
         self.objective = Objective(config, self.codec.config, accelerator.device, accelerator.autocast)
-        self.discriminator = self.parallel_discriminator = self.discriminator_optimizer = None
-        self.distillation = self.parallel_distillation = None
+        self.discriminator: Any = None
+        self.parallel_discriminator: Any = None
+        self.discriminator_optimizer: Any = None
+        self.distillation: Any = None
+        self.parallel_distillation: Any = None
         self.parts = {part: part_parameters(self.codec, part) for part in PARTS}
         trained: list[nn.Module] = [self.codec]
-        if "distillation" in self.objective.weights:
+        if self.objective.teacher is not None and "distillation" in self.objective.weights:
             self.distillation = Distillation(self.codec.config.codebook_dim, self.objective.teacher.hidden_size)
             self.parallel_distillation = accelerator.prepare(self.distillation)
             self.parts["distillation"] = list(self.distillation.parameters())
@@ -120,9 +122,8 @@ class Learner:
         self._initialize_codebooks(examples, draws)
         # taken in parts, the codec runs twice: the discriminator moves after it has seen the whole batch
         output = self._run_codec(examples[0], draws, 0) if len(examples) == 1 else None
-        adversarial = self.objective.is_adversarial(step)
-        good = not adversarial or self._discriminator_step(step, examples, draws, output)
-        good = good and self._codec_step(step, examples, draws, output, adversarial)
+        good = not self.objective.discriminator_learns(step) or self._discriminator_step(step, examples, draws, output)
+        good = good and self._codec_step(step, examples, draws, output)
         if good:
             self._follow(step, draws)
         else:
@@ -205,8 +206,8 @@ class Learner:
 
     def _discriminator_step(self, step: int, examples: list[Example], draws: Draws, output: Output | None) -> bool:
         rate = learning_rate(
-            step - self.objective.start,
-            self.config.steps - self.objective.start,
+            step - self.objective.discriminator_start,
+            self.config.steps - self.objective.discriminator_start,
             self.config.discriminator_optimizer,
         )
         set_learning_rate(self.discriminator_optimizer, rate)
@@ -230,9 +231,7 @@ class Learner:
             self.config.discriminator_optimizer.max_gradient_norm,
         )
 
-    def _codec_step(
-        self, step: int, examples: list[Example], draws: Draws, output: Output | None, adversarial: bool
-    ) -> bool:
+    def _codec_step(self, step: int, examples: list[Example], draws: Draws, output: Output | None) -> bool:
         rate = learning_rate(step, self.config.steps, self.config.optimizer)
         set_learning_rate(self.optimizer, rate)
         self.meters.add({"learning_rate": rate})
@@ -241,7 +240,7 @@ class Learner:
             with self._synchronized(part == parts - 1, self.parallel_codec, self.parallel_distillation):
                 quantization, reconstruction = output or self._run_codec(example, draws, part)
                 # judged by the bare module, without gradients for its weights: none are left over for its next step
-                with self._frozen_discriminator(adversarial) as discriminator:
+                with self._frozen_discriminator(self.objective.is_adversarial(step)) as discriminator:
                     losses = self.objective.codec_losses(
                         quantization, reconstruction, example, discriminator, self.parallel_distillation
                     )
@@ -252,7 +251,7 @@ class Learner:
         return self._apply(self.optimizer, self.parts, self.config.optimizer.max_gradient_norm)
 
     @contextlib.contextmanager
-    def _synchronized(self, last: bool, *modules: nn.Module | None) -> Iterator[None]:
+    def _synchronized(self, last: bool, *modules: nn.Module | None) -> Generator[None]:
         """Let processes exchange gradients in the last part of a step only."""
         with contextlib.ExitStack() as stack:
             for module in modules:
@@ -261,7 +260,7 @@ class Learner:
             yield
 
     @contextlib.contextmanager
-    def _frozen_discriminator(self, adversarial: bool) -> Iterator[nn.Module | None]:
+    def _frozen_discriminator(self, adversarial: bool) -> Generator[nn.Module | None]:
         if not adversarial:
             yield None
             return

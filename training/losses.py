@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
@@ -25,9 +26,7 @@ def commitment(residuals: Tensor, centroids: Tensor, mask: Tensor | None = None)
     return masked_mean(error, mask)
 
 
-def discriminator_hinge(
-    real: Sequence[Tensor], fake: Sequence[Tensor], masks: Sequence[Tensor] | Sequence[None]
-) -> Tensor:
+def discriminator_hinge(real: Sequence[Tensor], fake: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
     """The discriminator's loss: logits (B, T, F) of real audio are pushed above 1, of fakes below -1.
 
     Averaged over the sub-discriminators; `masks` (B, T), one for each.
@@ -36,26 +35,26 @@ def discriminator_hinge(
         masked_mean(relu(1 - r), mask) + masked_mean(relu(1 + f), mask)
         for r, f, mask in zip(real, fake, masks, strict=True)
     ]
-    return sum(losses) / len(losses)
+    return torch.stack(losses).mean()
 
 
-def adversarial(fake: Sequence[Tensor], masks: Sequence[Tensor] | Sequence[None]) -> Tensor:
+def adversarial(fake: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
     """The codec's side of the hinge game, -mean(logit), averaged over the sub-discriminators."""
-    return sum(-masked_mean(f, mask) for f, mask in zip(fake, masks, strict=True)) / len(fake)
+    return -torch.stack([masked_mean(f, mask) for f, mask in zip(fake, masks, strict=True)]).mean()
 
 
 def feature_matching(
-    real: Sequence[Sequence[Tensor]], fake: Sequence[Sequence[Tensor]], masks: Sequence[Tensor] | Sequence[None]
+    real: Sequence[Sequence[Tensor]], fake: Sequence[Sequence[Tensor]], masks: Sequence[Tensor | None]
 ) -> Tensor:
     """L1 between the discriminator's maps (B, C, T, F) of audio and reconstruction (EnCodec §3.4).
 
     Averaged over the maps of a sub-discriminator, then over the sub-discriminators. No gradient to the real maps.
     """
-    total = 0.0
+    scales = []
     for real_maps, fake_maps, mask in zip(real, fake, masks, strict=True):
         distances = [
             masked_mean((f - r.detach()).abs().mean(dim=(1, 3)), mask)
             for r, f in zip(real_maps, fake_maps, strict=True)
         ]
-        total = total + sum(distances) / len(distances)
-    return total / len(real)
+        scales.append(torch.stack(distances).mean())
+    return torch.stack(scales).mean()

@@ -6,18 +6,18 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modeling_mimi import MimiConfig
-from modeling_mimi.modeling_outputs import MimiOutput
 
-from . import losses
 from .balancer import Balancer
 from .config import BALANCED, RecipeError, TrainingConfig
 from .discriminators import Judgement
 from .distillation import Teacher, feature_reconstruction, frames_inside, pool
+from .losses import adversarial, commitment, discriminator_hinge, feature_matching, waveform
 from .spectral import MelDistance, masked_mean
 
 ADVERSARIAL = ("adversarial", "feature_matching")
@@ -51,7 +51,8 @@ class Objective:
         """`autocast` is what the teacher runs in; losses are computed in float32."""
         settings = config.objective
         self.weights = {name: weight for name, weight in vars(settings.weights).items() if weight > 0}
-        self.start = settings.adversarial_start_step
+        self.discriminator_start = settings.discriminator_start_step
+        self.adversarial_start = settings.adversarial_start_step
         self.sampling_rate, self.frame_size = codec.sampling_rate, codec.frame_size
         crop_s = config.discriminator.crop_s
         self.crop_samples = None if crop_s is None else round(crop_s * codec.sampling_rate)
@@ -74,9 +75,13 @@ class Objective:
         """Whether any loss asks for a discriminator."""
         return any(name in self.weights for name in ADVERSARIAL)
 
+    def discriminator_learns(self, step: int) -> bool:
+        """Whether the discriminator takes part in this step."""
+        return self.has_discriminator and step >= self.discriminator_start
+
     def is_adversarial(self, step: int) -> bool:
-        """Whether the discriminator plays in this step."""
-        return self.has_discriminator and step >= self.start
+        """Whether the codec hears the discriminator in this step."""
+        return self.has_discriminator and step >= self.adversarial_start
 
     def discriminator_loss(
         self, discriminator: nn.Module, example: Example, reconstruction: Tensor
@@ -94,17 +99,20 @@ class Objective:
             "discriminator/accuracy_real": _share(real, masks, lambda logits: logits > 0),
             "discriminator/accuracy_fake": _share(fake, masks, lambda logits: logits < 0),
         }
-        return losses.discriminator_hinge(real, fake, masks), accuracies
+        return discriminator_hinge(real, fake, masks), accuracies
 
     def codec_losses(
         self,
-        output: MimiOutput,
+        output: Any,
         reconstruction: Tensor,
         example: Example,
         discriminator: nn.Module | None,
         distillation: nn.Module | None,
     ) -> dict[str, Tensor]:
-        """Every loss that has a weight, by name; the adversarial ones if a discriminator is given."""
+        """Every loss that has a weight, by name; the adversarial ones if a discriminator is given.
+
+        `output` is the codec's `MimiOutput` in training mode.
+        """
         values = {}
         if discriminator is not None:
             values |= self._adversarial_losses(discriminator, example, reconstruction)
@@ -112,11 +120,11 @@ class Objective:
             wave, fake = example.audio.squeeze(1), reconstruction.squeeze(1)
             values["mel"] = self.mel(wave, fake, example.mask).mean()
         if "waveform" in self.weights:
-            values["waveform"] = losses.waveform(example.audio, reconstruction, example.mask)
+            values["waveform"] = waveform(example.audio, reconstruction, example.mask)
         if "commitment" in self.weights:
-            values["commitment"] = losses.commitment(output.residuals, output.centroids, example.frame_mask)
+            values["commitment"] = commitment(output.residuals, output.centroids, example.frame_mask)
         if self.teacher is not None:
-            values |= self._teacher_losses(output, reconstruction, example, distillation)
+            values |= self._teacher_losses(self.teacher, output, reconstruction, example, distillation)
         return values
 
     def backward(self, values: dict[str, Tensor], reconstruction: Tensor) -> Tensor:
@@ -139,11 +147,11 @@ class Objective:
         judgements: list[Judgement] = discriminator(fake, mask)
         masks, values = [judgement.mask for judgement in judgements], {}
         if "adversarial" in self.weights:
-            values["adversarial"] = losses.adversarial([j.logits.float() for j in judgements], masks)
+            values["adversarial"] = adversarial([j.logits.float() for j in judgements], masks)
         if "feature_matching" in self.weights:
             with torch.no_grad():
                 real: list[Judgement] = discriminator(audio, mask)
-            values["feature_matching"] = losses.feature_matching(
+            values["feature_matching"] = feature_matching(
                 [[feature.float() for feature in j.features] for j in real],
                 [[feature.float() for feature in j.features] for j in judgements],
                 masks,
@@ -151,11 +159,16 @@ class Objective:
         return values
 
     def _teacher_losses(
-        self, output: MimiOutput, reconstruction: Tensor, example: Example, distillation: nn.Module | None
+        self,
+        teacher: Teacher,
+        output: Any,
+        reconstruction: Tensor,
+        example: Example,
+        distillation: nn.Module | None,
     ) -> dict[str, Tensor]:
         values = {}
         with torch.no_grad(), self.autocast():
-            real = self.teacher.features(example.audio, self.sampling_rate, example.mask)
+            real = teacher.features(example.audio, self.sampling_rate, example.mask)
         if distillation is not None:
             frames = output.residuals.shape[2]
             per_frame = real.shape[1] * self.frame_size / example.audio.shape[-1]
@@ -165,7 +178,7 @@ class Objective:
             values["distillation"] = distillation(student, pool(real, frames, per_frame), example.frame_mask)
         if "feature_reconstruction" in self.weights:
             with self.autocast():
-                fake = self.teacher.features(reconstruction, self.sampling_rate, example.mask)
+                fake = teacher.features(reconstruction, self.sampling_rate, example.mask)
             mask = frames_inside(example.mask, real.shape[1])
             values["feature_reconstruction"] = feature_reconstruction(real, fake, mask)
         return values

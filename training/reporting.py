@@ -77,7 +77,7 @@ class Reporter:
                 continue
             tracker.log_images({label: image[None]}, step=step)
             if tracker.name == "wandb":
-                import wandb
+                import wandb  # ty: ignore[import-not-found]
 
                 tracker.log({f"{label}/audio": wandb.Audio(wave.numpy(), sampling_rate)}, step=step)
 
@@ -94,7 +94,7 @@ class Reporter:
                 "last_validation": validations[-1] if validations else None,
                 "hardware": hardware(self.accelerator),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                "recipe": dataclasses.asdict(self.config),
+                "recipe": _public(dataclasses.asdict(self.config)),
             },
         )
 
@@ -109,6 +109,15 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
     }
+
+
+def _public(value: Any) -> Any:
+    """Nested fields without the folders of this machine: a path from the root is cut to its last name."""
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

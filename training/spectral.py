@@ -73,14 +73,14 @@ class MelDistance(nn.Module):
 
     def forward(self, audio: Tensor, reconstruction: Tensor, mask: Tensor | None = None) -> Tensor:
         """Distance of each clip, (B,), between waves (B, L); `mask` (B, L) is true on the clip, then false."""
-        total = 0.0
+        distances = []
         for window in self.windows:
             difference = self.log_mel(audio, window) - self.log_mel(reconstruction, window)
             frames = difference.abs().mean(2)  # (B, T)
             if mask is None:
-                total = total + frames.mean(1)
+                distances.append(frames.mean(1))
                 continue
             position = torch.arange(frames.shape[1], device=frames.device) * (window // 4)
             inside = position <= mask.sum(1, keepdim=True)
-            total = total + torch.where(inside, frames, 0).sum(1) / inside.sum(1)
-        return total / len(self.windows)
+            distances.append(torch.where(inside, frames, 0).sum(1) / inside.sum(1))
+        return torch.stack(distances).mean(0)

@@ -9,7 +9,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import draccus
@@ -116,7 +116,7 @@ class Trainer:
         return [(clip.name, clip.audio) for clip in clips]
 
     @contextlib.contextmanager
-    def _stop_signals(self) -> Iterator[None]:
+    def _stop_signals(self) -> Generator[None]:
         """While inside, SIGTERM and SIGINT ask for a stop after the step."""
 
         def stop(signum, frame):
@@ -208,7 +208,7 @@ class Trainer:
         )
 
     def _write_readable(self, folder: Path) -> None:
-        (folder / "config.yaml").write_text(draccus.dump(self.config))
+        (folder / "config.yaml").write_text(str(draccus.dump(self.config)))
         self._export(folder / "model")
 
     def _export(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from fixed_run import SAMPLES, FixedWindows, gradient_descent, window
+from fixed_run import FixedWindows, gradient_descent, window
 
 import training.learner
 import training.trainer
@@ -389,26 +389,20 @@ def test_the_summary_holds_what_a_card_needs(finished):
     assert summary["hardware"]["device"] == "cpu"
 
 
-def test_it_learns_a_tone(tmp_path, monkeypatch):
-    """Sixty steps on one window: the mel distance to it falls to less than half."""
+def test_it_learns_a_window(tmp_path, monkeypatch):
+    """A codec that sees the same chord again and again soon sounds like it."""
 
     class OneWindow(FixedWindows):
         def __iter__(self):
-            time = torch.arange(SAMPLES) / 24_000
-            audio = (0.4 * torch.sin(2 * torch.pi * 440 * time)).expand(self.batch_size, 1, -1)
+            audio, mask = window(0)
             while True:
-                yield Batch(audio, torch.ones(self.batch_size, SAMPLES, dtype=torch.bool))
+                yield Batch(audio.expand(self.batch_size, 1, -1), mask.expand(self.batch_size, -1))
 
     monkeypatch.setattr(training.trainer, "WindowLoader", OneWindow)
-    run(
-        tmp_path,
-        "--objective.weights={mel: 2.0, waveform: 1.0, adversarial: 0.0, feature_matching: 0.0, distillation: 0.0}",
-        "--optimizer.learning_rate=3e-3",
-        steps=60,
-        every=60,
-    )
+    weights = "{mel: 2.0, adversarial: 0.0, feature_matching: 0.0, distillation: 0.0}"
+    run(tmp_path, f"--objective.weights={weights}", "--optimizer.learning_rate=3e-3", steps=60, every=60)
     mel = [row["loss/mel"] for row in history(tmp_path)]
-    assert mel[-1] < 0.5 * mel[0]
+    assert mel[-1] < 0.4 * mel[0]
 
 
 # ---- fine-tuning
