@@ -237,6 +237,28 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path, caplog):
     assert "saved with another world_size" in caplog.text
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path, fixed_windows):
+    plain = run(tmp_path / "plain", steps=3)
+    assert_close(run(tmp_path / "checkpointed", "--model.gradient_checkpointing=true", steps=3), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own parts
+def test_compiling_changes_nothing(tmp_path, fixed_windows):
+    plain = run(tmp_path / "plain", steps=2)
+    assert_close(run(tmp_path / "compiled", "--model.compile=true", steps=2), plain)
+
+
+def test_bfloat16_trains_networks_and_leaves_the_quantizer_alone(tmp_path, fixed_windows):
+    plain, half = run(tmp_path / "plain", steps=4), run(tmp_path / "half", "--precision=bf16", steps=4)
+    assert half.skipped == 0
+    assert {value.dtype for value in half.learner.codec.state_dict().values()} == {torch.float32}
+    for row, expected in zip(history(tmp_path / "half"), history(tmp_path / "plain"), strict=True):
+        assert row["loss/mel"] == pytest.approx(expected["loss/mel"], rel=0.05)
+        assert row["loss/mel"] != expected["loss/mel"]
+    assert plain.step == half.step
+
+
 def launch_two(folder, *overrides, real=False):
     script = ["-m", "training"] if real else [str(ROOT / "tests" / "training" / "fixed_run.py")]
     result = subprocess.run(
