@@ -6,6 +6,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -26,6 +28,8 @@ from training.config import DataConfig, SourceConfig
 from training.data import Clip, DataError, WindowLoader, load_clips
 from training.sources import Share, keyed, open_source, read_piece
 from training.windows import Reader
+
+ROOT = Path(__file__).parent.parent
 
 SPEECH = Path(__file__).parent / "data"
 RATE = 24_000
@@ -367,7 +371,8 @@ def test_a_position_of_another_layout_begins_the_next_epoch(tmp_path, caplog):
     loader.load_state_dict(first.state_dict())
     assert "another sources:" in caplog.text
     assert loader.report()["epochs"] == [0, seen[1] + 1]
-    next(iter(loader))
+    batches = iter(loader)
+    next(batches)
     same = WindowLoader(data_config(a, b, gain_db=(-1.0, 0.0), prefetch_batches=1), RATE, 8)
     caplog.clear()
     same.load_state_dict(loader.state_dict())
@@ -573,3 +578,46 @@ def test_clips_for_validation(tmp_path, caplog):
     assert "a/0.wav: undecodable" in caplog.text
     with caplog.at_level(logging.ERROR), pytest.raises(DataError, match="10 too short"):
         load_clips([b], RATE, 1, 1.0)
+
+
+def test_workers_die_with_a_run_that_is_killed(tmp_path):
+    """After SIGKILL nobody tells them: they must notice."""
+    script = f"""
+import multiprocessing
+from multiprocessing import forkserver
+from training.config import DataConfig, SourceConfig
+from training.data import WindowLoader
+
+if __name__ == "__main__":
+    config = DataConfig(sources=(SourceConfig({str(ROOT / "tests" / "data")!r}),), segment_s=0.5, num_workers=1)
+    loader = WindowLoader(config, 24_000, 2)
+    batches = iter(loader)
+    next(batches)
+    workers = [child.pid for child in multiprocessing.active_children()]
+    print(*workers, forkserver._forkserver._forkserver_pid, flush=True)
+    input()
+"""
+    (tmp_path / "run.py").write_text(script)
+    run = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with run:
+        left = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(left) == 2
+        run.kill()
+    deadline = time.monotonic() + 20
+    while left and time.monotonic() < deadline:
+        time.sleep(0.2)
+        left = [pid for pid in left if is_alive(pid)]
+    assert not left
+
+
+def is_alive(pid: int) -> bool:
+    """Not a zombie that nobody has collected yet."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"

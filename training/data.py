@@ -8,10 +8,13 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
@@ -172,7 +175,7 @@ class WindowLoader:
             num_workers=self.config.num_workers,
             prefetch_factor=max(1, self.config.prefetch_batches) if self._context else None,
             multiprocessing_context=self._context,
-            worker_init_fn=_leave_interrupts_to_the_run,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # PyTorch's own would move with every start, and the run's draws with it
@@ -346,9 +349,26 @@ def _worker_context() -> BaseContext:
     return context
 
 
-def _leave_interrupts_to_the_run(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; a run that saves before it stops still needs its workers."""
+def _begin_worker(run: int, _worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the run: it may need its workers while it saves.
+
+    And die with the run, process `run`: after `kill -9` the server that the worker was forked from would live on, and
+    the worker with it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with, args=(run,), daemon=True).start()
+
+
+def _die_with(run: int, seconds: float = 2.0) -> None:
+    server = os.getppid()
+    while True:
+        time.sleep(seconds)
+        try:
+            os.kill(run, 0)
+        except ProcessLookupError:
+            if os.getppid() == server != 1:
+                os.kill(server, signal.SIGKILL)
+            os._exit(1)
 
 
 def _unchanged(delivery: Any) -> Any:
