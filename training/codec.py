@@ -1,5 +1,6 @@
 """The model that a run trains: fresh or pretrained, its parts, and which of them train."""
 
+import torch
 from torch import nn
 
 from modeling_mimi import MimiConfig, MimiModel
@@ -32,8 +33,10 @@ def build_codec(config: ModelConfig) -> MimiModel:
         # without acoustic levels their projections would never get a gradient, which data-parallel wrappers refuse
         model.quantizer.acoustic_residual_vector_quantizer.requires_grad_(False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
+        # the balancer goes back through the discriminator once per loss, which buffers given away do not survive
+        torch._functorch.config.donated_buffer = False
         model.compile()
     return model
 
