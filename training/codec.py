@@ -1,7 +1,7 @@
 """The model that a run trains: fresh or pretrained, its parts, and which of them train."""
 
-import torch
 from torch import nn
+from torch._functorch import config as functorch
 
 from modeling_mimi import MimiConfig, MimiModel
 from modeling_mimi.modeling_transformer import MimiLayerScale, MimiTransformer
@@ -36,7 +36,7 @@ def build_codec(config: ModelConfig) -> MimiModel:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         # the balancer goes back through the discriminator once per loss, which buffers given away do not survive
-        torch._functorch.config.donated_buffer = False
+        functorch.donated_buffer = False
         model.compile()
     return model
 
