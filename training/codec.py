@@ -36,7 +36,7 @@ def build_codec(config: ModelConfig) -> MimiModel:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         # the balancer goes back through the discriminator once per loss, which buffers given away do not survive
-        functorch.donated_buffer = False
+        functorch.donated_buffer = False  # ty: ignore[invalid-assignment]
         model.compile()
     return model
 
