@@ -1,5 +1,6 @@
 """The model that a run trains: fresh or pretrained, its parts, and which of them train."""
 
+import torch
 from torch import nn
 from torch._functorch import config as functorch
 
@@ -19,6 +20,7 @@ def build_codec(config: ModelConfig) -> MimiModel:
     """The model in training mode, with what does not train frozen."""
     if config.pretrained is None:
         model = MimiModel(MimiConfig(**config.config))
+        widen_convolutions(model, config.initial_gain)
     else:
         model = MimiModel.from_pretrained(config.pretrained, revision=config.revision, **config.config)
     model = model.float().train()
@@ -39,6 +41,14 @@ def build_codec(config: ModelConfig) -> MimiModel:
         functorch.donated_buffer = False  # ty: ignore[invalid-assignment]
         model.compile()
     return model
+
+
+@torch.no_grad()
+def widen_convolutions(model: MimiModel, gain: float) -> None:
+    """Multiply the convolutions' weights, not their biases; codebooks and transformers stay."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            module.weight.mul_(gain)
 
 
 def hold_at_identity(transformer: MimiTransformer) -> None:

@@ -78,6 +78,9 @@ class ModelConfig:
     """Commit, tag or branch of `pretrained`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of `MimiConfig` that differ from Mimi's, or from those of `pretrained`."""
+    initial_gain: float = 1.0
+    """Width of a fresh model's convolution weights relative to PyTorch's, which Kyutai start from. Those let the
+    signal fade from layer to layer; sqrt(3) keeps its variance, and a short run starts at once."""
     trainable: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ("encoder", "quantizer", "decoder")
     """Parts that train: each half with its transformer and its resampling, the quantizer with its codebooks."""
     without: tuple[Literal["encoder_transformer", "decoder_transformer"], ...] = ()
@@ -159,6 +162,12 @@ class ObjectiveConfig:
     trained codec meets a new discriminator: the balancer would give full weight to one that knows nothing yet."""
     mel_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     """Window lengths of the mel distance, in samples."""
+    mel_floor: float = 1e-5
+    """Mel magnitudes, of full scale, below which differences do not count: -100 dB. A codec of a low rate spends
+    itself on hiss and near-silence unless it is higher."""
+    mel_magnitude_weight: float = 0.0
+    """Weight, within the mel loss, of the relative L1 distance of magnitudes beside that of their logarithms: what is
+    loud, such as formants and harmonics, then counts more. EnCodec's mel loss has such a part."""
     mel_bins: int = 64
     """Mel bands of the longest windows; shorter windows have an eighth of their length."""
 

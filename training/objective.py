@@ -56,7 +56,10 @@ class Objective:
         self.sampling_rate, self.frame_size = codec.sampling_rate, codec.frame_size
         crop_s = config.discriminator.crop_s
         self.crop_samples = None if crop_s is None else round(crop_s * codec.sampling_rate)
-        self.mel = MelDistance(codec.sampling_rate, settings.mel_windows, settings.mel_bins).to(device)
+        self.mel = MelDistance(codec.sampling_rate, settings.mel_windows, settings.mel_bins, settings.mel_floor).to(
+            device
+        )
+        self.mel_magnitude_weight = settings.mel_magnitude_weight
         self.autocast = autocast
         self.teacher = None
         if "distillation" in self.weights or "feature_reconstruction" in self.weights:
@@ -118,7 +121,7 @@ class Objective:
             values |= self._adversarial_losses(discriminator, example, reconstruction)
         if "mel" in self.weights:
             wave, fake = example.audio.squeeze(1), reconstruction.squeeze(1)
-            values["mel"] = self.mel(wave, fake, example.mask).mean()
+            values["mel"] = self.mel(wave, fake, example.mask, self.mel_magnitude_weight).mean()
         if "waveform" in self.weights:
             values["waveform"] = waveform(example.audio, reconstruction, example.mask)
         if "commitment" in self.weights:

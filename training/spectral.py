@@ -34,6 +34,11 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return (torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
+MEL_WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
+MEL_BINS = 64
+MEL_FLOOR = 1e-5
+
+
 class MelDistance(nn.Module):
     """Multi-scale mel distance: the mean over window lengths of the L1 distance of log10 mel magnitudes.
 
@@ -42,7 +47,13 @@ class MelDistance(nn.Module):
     of the same spectra, left out here: with the balancer it changes little but the scale.)
     """
 
-    def __init__(self, sampling_rate: int, windows: Sequence[int], bins: int, floor: float = 1e-5):
+    def __init__(
+        self,
+        sampling_rate: int,
+        windows: Sequence[int] = MEL_WINDOWS,
+        bins: int = MEL_BINS,
+        floor: float = MEL_FLOOR,
+    ):
         """Windows in samples; `bins` bands on the longest, an eighth of the length on shorter ones."""
         super().__init__()
         self.windows = tuple(windows)
@@ -60,27 +71,36 @@ class MelDistance(nn.Module):
             )
             self.register_buffer(f"filters_{window}", torch.tensor(filters, dtype=torch.float32), persistent=False)
 
-    def log_mel(self, audio: Tensor, window: int) -> Tensor:
-        """Waves (B, L) to log10 mel magnitudes (B, T, M)."""
+    def mel(self, audio: Tensor, window: int) -> Tensor:
+        """Waves (B, L) to mel magnitudes (B, T, M), 1 for a sine of full scale in the middle of a band's window."""
         hann = getattr(self, f"hann_{window}")
         spectrum = torch.stft(
             audio.float(), window, window // 4, window=hann, center=True, pad_mode="constant", return_complex=True
         )
         # the root of the square with a floor: |.| has no gradient at 0, where silence lies
         magnitude = (spectrum.real.square() + spectrum.imag.square() + self.floor**2).sqrt() / hann.sum()
-        mel = magnitude.transpose(1, 2) @ getattr(self, f"filters_{window}")
-        return mel.clamp(min=self.floor).log10()
+        return magnitude.transpose(1, 2) @ getattr(self, f"filters_{window}")
 
-    def forward(self, audio: Tensor, reconstruction: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Distance of each clip, (B,), between waves (B, L); `mask` (B, L) is true on the clip, then false."""
+    def forward(
+        self, audio: Tensor, reconstruction: Tensor, mask: Tensor | None = None, magnitude_weight: float = 0.0
+    ) -> Tensor:
+        """Distance of each clip, (B,), between waves (B, L); `mask` (B, L) is true on the clip, then false.
+
+        `magnitude_weight` adds so much of the L1 distance of the magnitudes themselves, relative to the sum of the
+        audio's: what is loud counts there, where the logarithm counts loud and soft alike.
+        """
         distances = []
         for window in self.windows:
-            difference = self.log_mel(audio, window) - self.log_mel(reconstruction, window)
-            frames = difference.abs().mean(2)  # (B, T)
-            if mask is None:
-                distances.append(frames.mean(1))
-                continue
-            position = torch.arange(frames.shape[1], device=frames.device) * (window // 4)
-            inside = position <= mask.sum(1, keepdim=True)
-            distances.append(torch.where(inside, frames, 0).sum(1) / inside.sum(1))
+            real, fake = self.mel(audio, window), self.mel(reconstruction, window)
+            position = torch.arange(real.shape[1], device=real.device) * (window // 4)
+            inside = torch.ones_like(real[..., 0], dtype=torch.bool)  # (B, T)
+            if mask is not None:
+                inside = position <= mask.sum(1, keepdim=True)
+            frames = (real.clamp(min=self.floor).log10() - fake.clamp(min=self.floor).log10()).abs().mean(2)
+            distance = torch.where(inside, frames, 0).sum(1) / inside.sum(1)
+            if magnitude_weight:
+                differing = torch.where(inside, (real - fake).abs().sum(2), 0).sum(1)
+                total = torch.where(inside, real.sum(2), 0).sum(1)
+                distance = distance + magnitude_weight * differing / total.clamp(min=self.floor)
+            distances.append(distance)
         return torch.stack(distances).mean(0)

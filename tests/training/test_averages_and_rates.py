@@ -192,6 +192,21 @@ def test_the_averaged_codec_loads_in_stock_transformers_with_equal_codes(trained
     assert encoded.audio_codes.unique().numel() > 8
 
 
+# ---- the first weights
+
+
+def test_the_initial_gain_widens_convolutions_and_nothing_else():
+    built = []
+    for gain in (1.0, 3.0):
+        torch.manual_seed(0)
+        built.append(dict(build_codec(ModelConfig(config=TINY, initial_gain=gain, weight_norm=False)).state_dict()))
+    plain, wide = built
+    convolutions = {name for name in plain if plain[name].dim() == 3 and name.endswith("weight")}
+    assert len(convolutions) > 10
+    for name, values in plain.items():
+        torch.testing.assert_close(wide[name], values * (3.0 if name in convolutions else 1.0))
+
+
 # ---- the optimizer
 
 

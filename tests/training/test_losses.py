@@ -167,7 +167,7 @@ class TestMelDistance:
         time = torch.arange(RATE) / RATE
         peaks = []
         for pitch in (500.0, 1000.0, 4000.0):
-            frames = self.mel.log_mel(torch.sin(2 * torch.pi * pitch * time)[None], 2048)[0]
+            frames = self.mel.mel(torch.sin(2 * torch.pi * pitch * time)[None], 2048)[0]
             assert frames.shape == (RATE // 512 + 1, 64)
             peaks.append(int(frames.mean(0).argmax()))
         highest = 15 + 27 * math.log(12) / math.log(6.4)  # 12 kHz in mel
@@ -175,8 +175,22 @@ class TestMelDistance:
         for peak, mel in zip(peaks, mels, strict=True):
             assert abs(peak - (mel / highest * 65 - 1)) <= 1
 
+    def test_magnitudes_count_relative_to_the_audio(self):
+        """Half as loud: half of every magnitude is missing, on top of log10(2)."""
+        audio = noise(2, 4800)
+        mask = torch.arange(4800) < tensor([[4800], [3000]])
+        audio = audio * mask
+        plain, both = self.mel(audio, audio / 2, mask), self.mel(audio, audio / 2, mask, magnitude_weight=3.0)
+        torch.testing.assert_close(both - plain, torch.full((2,), 1.5), rtol=1e-4, atol=0)
+        torch.testing.assert_close(self.mel(audio, audio, mask, magnitude_weight=3.0), torch.zeros(2))
+
+    def test_what_lies_below_the_floor_does_not_count(self):
+        quiet = 1e-3 * noise(1, 4800)
+        assert MelDistance(RATE, [512], 64, floor=1e-1)(quiet, torch.zeros_like(quiet)) == 0
+        assert MelDistance(RATE, [512], 64, floor=1e-5)(quiet, torch.zeros_like(quiet)) > 0.1
+
     def test_short_windows_have_fewer_bands_and_none_is_empty(self):
-        assert self.mel.log_mel(noise(1, 4800), 32).shape[-1] == 4
+        assert self.mel.mel(noise(1, 4800), 32).shape[-1] == 4
         for window in WINDOWS:
             assert (getattr(self.mel, f"filters_{window}").sum(0) > 0).all()
 
