@@ -1,18 +1,12 @@
-"""Pictures of a run: its curves, for people who cannot read GAN curves, and spectrograms of what it makes of speech.
-
-Drawn on figures of their own, without pyplot: no window, no global state, any thread. Within a panel, people with any
-colour vision can tell the colours apart (after Okabe and Ito, and Tol).
-"""
+"""Pictures of a run: its curves, for people who cannot read GAN curves, and spectrograms of its reconstructions."""
 
 import math
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,8 +14,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, WINE = "#0072B2", "#D55E00", "#008F68", "#AA4499", "#C98500", "#882255"
-INK, GREY, FAINT = "#222222", "#6B6B6B", "#E3E3E3"
+from .drawing import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    TITLE_PAD,
+    VERMILLION,
+    WINE,
+    add_level_bar,
+    draw_spectrogram,
+    level_db,
+    style,
+    written,
+)
+
 COLOURS = {
     "adversarial": VERMILLION,
     "feature_matching": BLUE,
@@ -46,8 +56,6 @@ LABELS = {
     "discriminator_learning_rate": "discriminator",
 }
 COLUMNS = 3
-DPI = 120
-TITLE_PAD = 20
 
 
 class Panel(NamedTuple):
@@ -154,7 +162,7 @@ def curves(rows: Sequence[dict[str, Any]], path: str | os.PathLike | None = None
     last = max((row["step"] for row in rows), default=1)
     for index, (panel, lines) in enumerate(panels):
         axes = figure.add_subplot(height, COLUMNS, index + 1)
-        _style(axes, panel.title, panel.reading)
+        style(axes, panel.title, panel.reading)
         axes.set_xlim(0, max(last, 1))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -163,7 +171,7 @@ def curves(rows: Sequence[dict[str, Any]], path: str | os.PathLike | None = None
         _draw(axes, panel, lines)
     if not panels:
         figure.text(0.5, 0.5, "Nothing logged yet", ha="center", color=GREY, fontsize=12)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def spectrograms(
@@ -176,32 +184,15 @@ def spectrograms(
     figure = Figure(figsize=(10, 5.4), dpi=DPI)
     figure.set_layout_engine("constrained", h_pad=0.08)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    levels = [_level_db(wave) for wave in (audio, reconstruction)]
+    levels = [level_db(wave) for wave in (audio, reconstruction)]
     top = max(float(levels[0].max()), -60.0)
-    hop_s = 256 / sampling_rate
-    rows = figure.subplots(2, 1, sharex=True)
+    rows = list(figure.subplots(2, 1, sharex=True))
     for axes, level, name in zip(rows, levels, ("Original", "Reconstruction"), strict=True):
-        image = axes.imshow(
-            level,
-            origin="lower",
-            aspect="auto",
-            cmap="magma",
-            vmin=top - 80,
-            vmax=top,
-            extent=(-hop_s / 2, (level.shape[1] - 0.5) * hop_s, 0, sampling_rate / 2000),
-        )
+        image = draw_spectrogram(axes, level, top, sampling_rate, name)
         axes.set_xlim(0, audio.shape[-1] / sampling_rate)
-        axes.set_title(name, loc="left", fontsize=11, color=INK)
-        axes.set_ylabel("kHz", color=GREY, fontsize=10)
-        axes.tick_params(colors=GREY, labelsize=10)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.spines[:].set_visible(False)
     rows[-1].set_xlabel("seconds", color=GREY, fontsize=10)
-    bar = figure.colorbar(image, ax=list(rows), aspect=30, pad=0.015)
-    bar.set_label("dB", color=GREY, fontsize=10)
-    bar.ax.tick_params(colors=GREY, labelsize=10)
-    bar.outline.set_visible(False)
-    return _written(figure, path)
+    add_level_bar(figure, image, rows)
+    return written(figure, path)
 
 
 def figure_to_image(figure: Figure) -> np.ndarray:
@@ -209,14 +200,6 @@ def figure_to_image(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _level_db(wave: Tensor) -> np.ndarray:
-    """Wave (L,) to dB of full scale (frequencies, frames); Hann windows of 1024 samples, hop 256."""
-    window = torch.hann_window(1024)
-    wave = wave.detach().float().cpu()
-    spectrum = torch.stft(wave, 1024, 256, window=window, pad_mode="constant", return_complex=True)
-    return (20 * (2 * spectrum.abs() / window.sum()).clamp(min=1e-7).log10()).numpy()
 
 
 def _lines_of(panel: Panel, rows: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -320,24 +303,3 @@ def _name_ends(axes: Axes, ends: list[tuple[float, str, Any]]) -> None:
     places -= max(places[-1] + heights[-1] / 2 - 1.05, 0)
     for place, (_, label, colour) in zip(places, ends, strict=True):
         axes.text(1.02, place, label, color=colour, fontsize=9.5, va="center", transform=axes.transAxes)
-
-
-def _style(axes: Axes, title: str, reading: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=TITLE_PAD)
-    axes.text(0, 1.03, reading, transform=axes.transAxes, fontsize=10, color=GREY, va="bottom")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=GREY, labelsize=10, length=0)
-
-
-def _written(figure: Figure, path: str | os.PathLike | None) -> Figure:
-    """The figure, written as a whole if a path is given."""
-    if path is not None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-        figure.savefig(temporary, dpi=DPI)
-        os.replace(temporary, path)
-    return figure
