@@ -40,6 +40,10 @@ FEW_SHARDS = 32
 footer first would cost too much."""
 
 
+SPLITS = {"train", "dev", "validation", "valid", "test"}
+"""Names of folders that hold a split each."""
+
+
 class DataError(ValueError):
     """A source that cannot be trained on; the message says why and what to do."""
 
@@ -281,7 +285,35 @@ def _tidied() -> Generator[None]:
                 gc.enable()
 
 
+def stream_rows(config: SourceConfig) -> Iterator[tuple[Reference, dict[str, Any]]]:
+    """Every clip of a source that `where` keeps with its row's other columns, once, in the source's own order.
+
+    Raises:
+        DataError: As `open_source`.
+    """
+    with _tidied():
+        label, stream, root = _stream(config)
+    rows = (row for rows in stream.iter(batch_size=16) for row in _transposed(rows))
+    for number, row in enumerate(row for row in rows if keeps(config.where, stream, row)):
+        yield reference(row.pop(config.audio_column), f"{label}, row {number}", root), row
+
+
+def _transposed(columns: dict[str, list]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+
 def _open(config: SourceConfig, shares: int) -> Folder | Stream:
+    label, stream, root = _stream(config)
+    stream = stream.select_columns(list(dict.fromkeys([config.audio_column, *config.where])))
+    if stream.info.builder_name != "audiofolder":
+        return Stream(label, stream, config, shares)
+    rows = [row for columns in stream.iter(batch_size=256) for row in _transposed(columns)]
+    kept = [row[config.audio_column] for row in rows if keeps(config.where, stream, row)]
+    return Folder(label, [reference(path, "", root) for path in kept], len(rows) - len(kept))
+
+
+def _stream(config: SourceConfig) -> tuple[str, IterableDataset, str]:
+    """What to call a source, its stream with the audio not decoded, and the folder that its file names start from."""
     label = f"{config.path}{f'/{config.name}' if config.name else ''} ({config.split})"
     try:
         stream, root = _load(config)
@@ -293,17 +325,12 @@ def _open(config: SourceConfig, shares: int) -> Folder | Stream:
     for column, field in [(config.audio_column, "audio_column"), *((column, "where") for column in config.where)]:
         if column not in columns:
             raise DataError(f"{label} has no column {column!r}, which `{field}` names; it has {', '.join(columns)}.")
-    stream = stream.select_columns(list(dict.fromkeys([config.audio_column, *config.where])))
-    listed = stream.info.builder_name == "audiofolder"
     if stream.features and isinstance(stream.features[config.audio_column], Audio):
         # what `Audio(decode=False)` holds: the type itself asks for torchcodec even where it does not decode
+        listed = stream.info.builder_name == "audiofolder"
         raw = Value("string") if listed else {"bytes": Value("binary"), "path": Value("string")}
         stream = stream.cast_column(config.audio_column, raw)
-    if not listed:
-        return Stream(label, stream, config, shares)
-    rows = [{name: value[0] for name, value in values.items()} for values in stream.iter(batch_size=1)]
-    kept = [row[config.audio_column] for row in rows if keeps(config.where, stream, row)]
-    return Folder(label, [reference(path, "", root) for path in kept], len(rows) - len(kept))
+    return label, stream, root
 
 
 def _load(config: SourceConfig) -> tuple[IterableDataset, str]:
@@ -312,7 +339,10 @@ def _load(config: SourceConfig) -> tuple[IterableDataset, str]:
     options: dict[str, Any] = {"split": config.split, "streaming": True}
     if os.path.isdir(path):
         folder = os.path.join(path, config.split)
-        folder = folder if os.path.isdir(folder) else path
+        if not os.path.isdir(folder):
+            if splits := sorted(SPLITS & set(os.listdir(path))):
+                raise DataError(f"{path} has no split {config.split!r}, but {', '.join(splits)}.")
+            folder = path
         if "audiofolder" not in _kinds(folder):
             return load_dataset(path, config.name, **options), path
         # naming the files keeps `datasets` from guessing splits from words like "test" in their names
