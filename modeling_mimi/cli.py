@@ -24,6 +24,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="mimi", description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    model, batch, count = _model_options(), _batch_options(), _positive(int)
+    model, batch, count = model_options(), _batch_options(), positive(int)
 
     def add(name: str, command: Callable, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=command.__doc__, description=command.__doc__, parents=parents)
@@ -104,17 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("source", nargs="?", default=argparse.SUPPRESS, help=text)
     info.add_argument("--model", dest="source", default=DEFAULT_MODEL, metavar="MODEL", help="the same")
     info.add_argument("--json", action="store_true", help="print JSON")
+    for extension in entry_points(group="mimi.commands"):
+        extension.load()(add)
     return parser
 
 
-def _model_options() -> argparse.ArgumentParser:
+def model_options() -> argparse.ArgumentParser:
+    """Which model, and where it runs: what `load_model` reads."""
     options = argparse.ArgumentParser(add_help=False)
     text = "Hub id or directory (default: %(default)s)"
     options.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help=text)
     options.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
     text = "type of the weights (default: %(default)s)"
     options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=text)
-    options.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    options.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
     return options
 
 
@@ -125,11 +129,11 @@ def _batch_options() -> argparse.ArgumentParser:
     options.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     options.add_argument("--overwrite", action="store_true", help="redo what is there (default: keep it and skip)")
     text = "audio in a batch, padding included (default: %(default)g); a longer file goes alone, in bounded memory"
-    options.add_argument("--batch-seconds", type=_positive(float), default=120.0, metavar="S", help=text)
+    options.add_argument("--batch-seconds", type=positive(float), default=120.0, metavar="S", help=text)
     return options
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
+def positive(kind: type) -> Callable[[str], Any]:
     """An argument type: a number above 0."""
 
     def parse(text: str) -> Any:
@@ -144,7 +148,7 @@ def _positive(kind: type) -> Callable[[str], Any]:
 # ---- models
 
 
-def _load_model(args: argparse.Namespace) -> "MimiModel":
+def load_model(args: argparse.Namespace) -> "MimiModel":
     """Load the model, or say in one sentence why not."""
     import torch
     import transformers
@@ -165,7 +169,7 @@ def _load_model(args: argparse.Namespace) -> "MimiModel":
             raise ValueError(f"{len(missing)} of its weights are missing")
         model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (AssertionError, OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
-        raise CommandError(f"Could not load the model {args.model!r}: {_sentence(error)}") from error
+        raise CommandError(f"Could not load the model {args.model!r}: {sentence(error)}") from error
     counts = args.num_quantizers if isinstance(args.num_quantizers, list) else [args.num_quantizers]
     try:
         for count in counts:
@@ -200,7 +204,7 @@ def _local(name: str, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[file] if file else list(patterns)), file)
     except (HFValidationError, OSError) as error:
-        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), _sentence(error))
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), sentence(error))
         raise CommandError(f"Could not load the model {name!r}: {reason}") from error
 
 
@@ -214,7 +218,7 @@ def _read_config(folder: Path) -> "MimiConfig":
     return MimiConfig.from_pretrained(folder)
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """A message on one line."""
     return textwrap.shorten(str(error), 300)
 
@@ -260,7 +264,7 @@ def _run_files(
         raise CommandError(str(error)) from error
 
     def load_task() -> "Task":
-        return kind(_load_model(args), suffix, **options)
+        return kind(load_model(args), suffix, **options)
 
     return 1 if run_jobs(jobs, kind.measure, load_task, args.batch_seconds, args.overwrite) else 0
 
@@ -272,7 +276,7 @@ def _stream(args: argparse.Namespace) -> int:
     """Encode and decode live: raw PCM on stdin to PCM or codes on stdout, or codes to PCM."""
     if args.source == args.to == "codes":
         raise CommandError("--from codes --to codes leaves nothing to do.")
-    live = _Live(_load_model(args), args)
+    live = _Live(load_model(args), args)
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     read = stdin.readline if args.source == "codes" else lambda: os.read(stdin.fileno(), CHUNK_BYTES)
     try:
@@ -389,7 +393,7 @@ def _convert(args: argparse.Namespace) -> int:
         except FileExistsError as error:
             raise CommandError(f"{args.target} exists already: --overwrite replaces it.") from error
         except (OSError, ValueError) as error:
-            raise CommandError(f"Could not convert {args.source}: {_sentence(error)}") from error
+            raise CommandError(f"Could not convert {args.source}: {sentence(error)}") from error
     for warning in caught:
         print(f"mimi: {warning.message}", file=sys.stderr)
     return 0
@@ -403,7 +407,7 @@ def _info(args: argparse.Namespace) -> int:
     try:
         facts = _describe_file(path) if path.is_file() else _describe_codec("model", _read_config(path))
     except (OSError, StrictDataclassError, ValueError) as error:
-        raise CommandError(f"Could not read {args.source}: {_sentence(error)}") from error
+        raise CommandError(f"Could not read {args.source}: {sentence(error)}") from error
     if args.json:
         print(json.dumps({"name": args.source, **facts}, indent=2))
         return 0

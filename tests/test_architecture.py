@@ -15,7 +15,9 @@ TRAVELS = sorted(
 FILES = sorted(PACKAGE.glob("*.py"))
 TRAINER = ROOT / "training"
 TRAINER_FILES = sorted(TRAINER.glob("*.py"))
-SHARED = {"config", "spectral"}
+EVALUATION_FILES = sorted((TRAINER / "evaluation").glob("*.py"))
+METRIC_FILES = sorted((TRAINER / "metrics").rglob("*.py"))
+SHARED = {"config", "spectral", "drawing"}
 """What every leaf of the trainer may import."""
 LEAVES = {
     *("balancer", "checkpoints", "codebooks", "codec", "discriminators", "distillation", "draws", "ema", "history"),
@@ -47,7 +49,9 @@ def test_what_travels_imports_only_what_is_there(path):
     assert "TYPE_CHECKING" not in path.read_text()
 
 
-@pytest.mark.parametrize("files", [FILES, TRAINER_FILES], ids=["modeling_mimi", "training"])
+@pytest.mark.parametrize(
+    "files", [FILES, TRAINER_FILES, EVALUATION_FILES], ids=["modeling_mimi", "training", "evaluation"]
+)
 def test_no_import_runs_back_up(files):
     remaining = {path.stem: imports_of(path)["relative"] for path in files}
     while remaining:
@@ -70,7 +74,20 @@ def test_leaves_of_the_trainer_do_not_know_each_other():
     assert [name for name in needs if "learner" in needs[name]] == ["trainer"]
 
 
-@pytest.mark.parametrize("path", [*FILES, *TRAINER_FILES], ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_evaluation_needs_no_trainer_and_metrics_need_nobody():
+    needs = {"training.config", "training.sources", "training.history", "training.drawing", "training.metrics"}
+    for path in EVALUATION_FILES:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert {node.module for node in nodes if node.module.startswith("training")} <= needs, path
+    for path in METRIC_FILES:  # each folder is a Space of its own
+        assert not imports_of(path)["absolute"] & {"training", "modeling_mimi"}, path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*FILES, *TRAINER_FILES, *EVALUATION_FILES, *METRIC_FILES],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
 def test_files_and_functions_can_be_read(path):
     text = path.read_text()
     assert text.count("\n") <= 500

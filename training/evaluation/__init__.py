@@ -1,0 +1,1 @@
+"""What codecs do to speech, measured side by side on the same clips."""
