@@ -165,7 +165,7 @@ def test_processes_share_what_is_left_without_gaps_or_repeats():
     rows = [(Row(str(number)), {}) for number in range(17)]
     done = {"3", "4", "11"}
     shares = [[row[0].name for row in mine(rows, Share(rank, 3), done)] for rank in range(3)]
-    assert sorted(sum(shares, [])) == sorted(set(map(str, range(17))) - done)
+    assert sorted(name for names in shares for name in names) == sorted(set(map(str, range(17))) - done)
 
 
 def test_rows_of_several_processes_are_read_once(tmp_path):

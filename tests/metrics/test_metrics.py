@@ -1,6 +1,7 @@
 """Metrics as modules of evaluate: closed forms, libraries by hand, known degradations, refusals, and the folders."""
 
 import ast
+import functools
 import importlib
 import io
 import itertools
@@ -30,10 +31,12 @@ ROOT = Path(__file__).parents[2]
 CLIPS = ("nathalie_1010", "nathalie_1110", "nathalie_662")
 WAVES = ("si_sdr", "mel_distance", "stft_distance", "stoi", "pesq")
 HEAVY = ("visqol", "distillmos", "dnsmos", "speaker_similarity")
+SOURCES = sorted(path for path in ROOT.glob("training/metrics/**/*.py") if not path.is_symlink())
 FORM = pytest.mark.filterwarnings("ignore:The inplace keyword")
 """How evaluate reads its form's table."""
 
 
+@functools.cache
 def read(rate: int = 24_000) -> list[np.ndarray]:
     """The sample clips, float32."""
     clips = [soundfile.read(ROOT / "tests" / "data" / f"{name}.flac", dtype="float32")[0] for name in CLIPS]
@@ -100,7 +103,7 @@ def test_a_copy_is_perfect(name, perfect):
 @pytest.mark.parametrize("metric", WAVES)
 def test_noise_ranks_by_its_level(metric):
     names = [name for name in SCORES if SCORES[name].metric == metric]
-    clips = read(SCORES[names[0]].sampling_rate or 24_000)
+    clips = read(SCORES[names[0]].sampling_rate or 24_000)[:2]
     if metric == "pesq":
         names = ["pesq_wb"]
     assert_ranked(names, clips, *([noisy(clip, ratio) for clip in clips] for ratio in (30, 20, 10, 0)))
@@ -110,7 +113,7 @@ def test_noise_ranks_by_its_level(metric):
 def test_missing_treble_and_coding_rank_by_degree(metric):
     names = [name for name in SCORES if SCORES[name].metric == metric and name != "pesq_nb"]
     rate = SCORES[names[0]].sampling_rate or 24_000
-    clips = read(rate)
+    clips = read(rate)[:2]
     assert_ranked(names, clips, *([low_passed(clip, rate, cutoff) for clip in clips] for cutoff in (5000, 3000, 1500)))
     assert_ranked(names, clips, clips, *([opus(clip, rate, level) for clip in clips] for level in (0.8, 1.0)))
 
@@ -679,7 +682,7 @@ def test_a_folder_is_complete(name):
             ), package  # datasets brings it
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("training/metrics/**/*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_files_and_functions_can_be_read(path):
     text = path.read_text()
     assert text.count("\n") <= 450

@@ -90,8 +90,9 @@ def _draw_rates(axes: Axes, name: str, codecs: Sequence[Mapping[str, Any]], colo
         axes.errorbar(at, means, yerr=np.maximum(spread, 0), fmt="o-", color=colour, capsize=2.5, label=family)
     for codec in codecs:
         score = codec["scores"].get(name)
-        # where it is perfect by definition it would only squeeze the others
-        if codec["measured_bitrate"] is None and score and score["mean"] is not None and score["low"] < score["high"]:
+        if codec["measured_bitrate"] is not None or not score or score["mean"] is None:
+            continue
+        if score["high"] - score["low"] > 1e-6:  # where it is perfect by definition it would only squeeze the others
             axes.axhline(score["mean"], color=INK, linewidth=1, linestyle=(0, (4, 3)), label=codec["family"])
 
 
