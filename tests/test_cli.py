@@ -225,7 +225,7 @@ def test_what_is_done_is_skipped(model_dir, talks, tmp_path, monkeypatch, capsys
     assert "1 skipped" in capsys.readouterr().err
     assert (output / "deep/two.safetensors").read_text() == "mine"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_load_model", lambda args: pytest.fail("nothing to do"))
+        patch.setattr(cli, "load_model", lambda args: pytest.fail("nothing to do"))
         assert main(command) == 0
     assert "3 skipped" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
@@ -651,6 +651,6 @@ def test_ctrl_c(monkeypatch, talks, tmp_path, capsys):
     def press(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_model", press)
+    monkeypatch.setattr(cli, "load_model", press)
     assert main(["encode", str(talks), "-o", str(tmp_path / "codes")]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ from training.evaluation.report import table
 from training.evaluation.runner import Share, mine
 from training.evaluation.statistics import estimate
 
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
 QUICK = ["--metrics", "stoi", "si_sdr", "--device", "cpu", "--batch-size", "2"]
 
 
@@ -120,6 +124,21 @@ def test_an_interrupted_evaluation_goes_on_and_ends_alike(checkpoint, corpus, tm
     measured.clear()
     assert evaluate(*arguments, "-o", tmp_path / "part") == 0  # finished: nothing is left to do
     assert not measured
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(checkpoint, corpus, tmp_path):
+    arguments = [str(checkpoint), str(corpus), "--num-quantizers", "4", *QUICK, "-o"]
+    assert evaluate(*arguments, tmp_path / "one") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "modeling_mimi.cli", "evaluate", *arguments, str(tmp_path / "two")]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, cwd=ROOT)
+    assert len(list((tmp_path / "two" / "parts").glob("part-*.jsonl"))) == 2
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert one["data"] == two["data"]
+    for name, score in one["codecs"][0]["scores"].items():
+        assert two["codecs"][0]["scores"][name]["mean"] == pytest.approx(score["mean"], rel=1e-4)
+    assert one["codebooks"] == two["codebooks"]
 
 
 def test_another_evaluation_in_the_same_folder_is_refused_unless_told(checkpoint, corpus, tmp_path, capsys):

@@ -223,6 +223,7 @@ def test_a_batch_in_two_parts_equals_the_whole_batch(tmp_path, fixed_windows):
     assert_close_histories(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path, fixed_windows):
     whole = run(tmp_path / "one", steps=4)
     launch_two(tmp_path / "two", "--steps=4")
@@ -235,6 +236,7 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path, fixed_windows):
     assert_close_histories(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path, caplog):
     """On real windows: the stream says what changes."""
     launch_two(tmp_path, "--steps=2", real=True)
@@ -251,6 +253,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, fixed_windows):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the tracer looks
+@pytest.mark.slow
 def test_compiling_changes_nothing(tmp_path, fixed_windows, monkeypatch):
     """As far as the graphs go; what makes kernels of them is PyTorch's."""
     compile_module = torch.nn.Module.compile

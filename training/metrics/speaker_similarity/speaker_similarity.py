@@ -9,15 +9,16 @@ import torch
 
 from .audio_metric import AudioMetric, Scale, is_silent, require
 
-INSTALL = "pip install --no-deps resemblyzer==0.1.4 && pip install 'librosa>=0.10' webrtcvad 'setuptools<81'"
+INSTALL = "pip install --no-deps resemblyzer==0.1.4 && pip install 'librosa>=0.10' webrtcvad-wheels"
 
 
 class SpeakerSimilarity(AudioMetric):
     """Cosine of the speaker embeddings of prediction and reference: does it still sound like the same person?
 
     Computed by resemblyzer's encoder, trained for speaker verification with the GE2E loss, from the voiced parts of
-    either wave; samples beyond full scale are clipped. Its embeddings are not negative, so two speakers often score
-    0.5 to 0.8: compare with what other pairs of your clips score. Undefined where no voice is found on either side.
+    either wave; samples beyond full scale are clipped. Its embeddings are not negative: two clips of one speaker score
+    0.74 to 0.89 and of two speakers 0.40 to 0.66 (8 speakers, 10th to 90th percentile). It hears loudness: bring waves
+    to one level. Undefined where no voice is found on either side.
     """
 
     scales = {"speaker_similarity": Scale("cosine", (0, 1), True)}  # noqa: RUF012
