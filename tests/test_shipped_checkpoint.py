@@ -1,5 +1,6 @@
 """The small checkpoint in the repository: small, loadable everywhere, and more than noise."""
 
+import json
 from pathlib import Path
 
 import soundfile
@@ -8,6 +9,7 @@ import transformers
 
 from modeling_mimi import MimiFeatureExtractor, MimiModel
 from training.config import ObjectiveConfig
+from training.evaluation.report import table
 from training.spectral import MelDistance
 
 ROOT = Path(__file__).parent.parent
@@ -21,11 +23,20 @@ def clips() -> list[torch.Tensor]:
 
 
 def test_it_is_small_and_has_mimis_tokens():
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 25e6
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*")) < 25e6
     config = MimiModel.from_pretrained(CHECKPOINT).config
     assert (config.sampling_rate, config.frame_rate) == (24_000, 12.5)
     assert (config.num_quantizers, config.codebook_size) == (8, 2048)
     assert MimiFeatureExtractor.from_pretrained(CHECKPOINT).sampling_rate == 24_000
+
+
+def test_every_figure_of_its_card_was_measured():
+    """The tables of the card are those that the evaluations' results give."""
+    card = (CHECKPOINT / "README.md").read_text()
+    for name in ("quality", "recognition"):
+        results = json.loads((CHECKPOINT / "evaluation" / name / "results.json").read_text())
+        assert table(results) in card
+        assert results["data"]["fingerprint"] in card
 
 
 def test_stock_gives_equal_codes():

@@ -3,7 +3,6 @@
 import argparse
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .codecs_neural import CodebookCodec, Mimi
 from .discriminability import discriminability, read_items
 from .parts import Parts
 from .pictures import spectrograms_side_by_side
-from .report import report, table
+from .report import public, report, table
 from .runner import Share, mine, plan, run
 from .scoring import Scorer
 
@@ -47,10 +46,10 @@ def evaluate(args: argparse.Namespace, where: Mapping[str, list[str]]) -> dict[s
         args.dataset, name=args.name, split=args.split, audio_column=args.audio_column, where=dict(where)
     )
     parts = Parts(args.output, share.rank)
-    data = {"path": _shown(args.dataset), "name": args.name, "split": args.split, "where": dict(where)}
+    data = {"path": public(args.dataset), "name": args.name, "split": args.split, "where": dict(where)}
     data |= {"chosen": args.clips, "clip_seconds": args.clip_seconds}
     if state.is_main_process:
-        parts.begin(plan(codecs, args.metrics, data=data, recogniser=_shown(args.recogniser)))
+        parts.begin(plan(codecs, args.metrics, data=data, recogniser=public(args.recogniser)))
     state.wait_for_everyone()
     parts.mend()
     state.wait_for_everyone()
@@ -93,8 +92,3 @@ def _draw_example(codecs: list[Codec], source: SourceConfig, args: argparse.Name
     waves = {"original": clip.audio}
     waves |= {codec.name: coded[0].audio for codec, coded in reconstruct_each(codecs, [clip.audio])}
     spectrograms_side_by_side(waves, RATE, clip.name, args.output / "spectrograms.png")
-
-
-def _shown(path: str) -> str:
-    """How results name a data set or a model: a place on this machine by its last part alone."""
-    return Path(path).name if Path(path).exists() else path

@@ -63,7 +63,7 @@ def report(
     networks = {family(codec): codec.network for codec in codecs if isinstance(codec, CodebookCodec)}
     gathered = _gather(parts, {name: network.codebook_size for name, network in networks.items()})
     results: dict[str, Any] = {
-        "command": shlex.join(["mimi", *sys.argv[1:]]),
+        "command": shlex.join(["mimi", *map(public, sys.argv[1:])]),
         "data": {**data, **gathered["data"]},
         "codecs": [_summary(codec, gathered) for codec in codecs],
         "codebooks": {
@@ -87,6 +87,11 @@ def report(
         title = f"{name}: how often each entry is chosen, most frequent first"
         codebook_histograms(counts, title, output / f"codebooks_{name.replace(' ', '_')}.png")
     return results
+
+
+def public(word: str) -> str:
+    """A word of a command as others may read it: of an absolute path its last part only."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def table(results: Mapping[str, Any]) -> str:
