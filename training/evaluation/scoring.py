@@ -32,9 +32,9 @@ class Scorer:
         self.recogniser = recogniser
         self.text_column = text_column
 
-    def __call__(self, clips: Sequence[Clip], reconstructions: Sequence[np.ndarray]) -> list[dict[str, float]]:
-        """Every score of every clip; NaN where it is undefined for the clip. Waves (L,) are at 24 kHz."""
-        scores: list[dict[str, float]] = [{} for _ in clips]
+    def __call__(self, clips: Sequence[Clip], reconstructions: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """All that metrics say of every clip, scores and texts; NaN where undefined. Waves (L,) are at 24 kHz."""
+        scores: list[dict[str, Any]] = [{} for _ in clips]
         for name, rate in [(metric, rate) for metric in self.modules for rate in _rates(metric)]:
             chosen = [index for index, clip in enumerate(clips) if name != RECOGNISED or self._text(clip)]
             if not chosen:
@@ -49,7 +49,7 @@ class Scorer:
                 inputs["references"] = [resample(clips[index].audio, RATE, rate) for index in chosen]
             for score, values in self.modules[name].compute(**inputs)["per_clip"].items():
                 for index, value in zip(chosen, values, strict=True):
-                    scores[index][score] = float(value)
+                    scores[index][score] = value if isinstance(value, str) else float(value)
         return scores
 
     def _text(self, clip: Clip) -> str:
