@@ -12,7 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from test_metrics import FORM, HEAVY, SCORES, assert_ranked, low_passed, noisy, opus, read, run_app, run_card, score
+from test_metrics import HEAVY, SCORES, assert_ranked, low_passed, noisy, opus, read, score
+from test_metrics_folders import FORM, run_app, run_card
 
 from training.metrics import load
 
