@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 BUNDLED_MODEL = ROOT / "checkpoints" / "mimi_small"
 BUNDLED_CLIP = ROOT / "tests" / "data" / "nathalie_1110.flac"
 DEFAULT_METRICS = ("si_sdr", "mel_distance", "stft_distance", "stoi", "pesq")
-EXTRA = "pip install 'open-mimi[evaluate]'"
+EXTRA = "pip install -e '.[evaluate]' in the repository"
 
 
 def register(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -61,7 +61,10 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--batch-size", type=positive(int), default=8, metavar="N", help=text)
     evaluate.add_argument("--device", help="where networks run (default: cuda if there is one, else cpu)")
     evaluate.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=argparse.SUPPRESS
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of networks (default: %(default)s)",
     )
     evaluate.add_argument("--overwrite", action="store_true", help="measure anew what is there")
 
