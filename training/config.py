@@ -186,8 +186,10 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a schedule."""
+    """AdamW or Muon, with a warm-up and a schedule."""
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """AdamW (Moshi §3.3.5); or Muon for what is a matrix and AdamW for the rest, which needs far fewer steps."""
     learning_rate: float = 8e-4
     """Peak learning rate (Moshi §3.3.5)."""
     betas: tuple[float, float] = (0.5, 0.9)

@@ -1,4 +1,4 @@
-"""AdamW with decay on transformer weights only, and a learning rate that is a function of the step (Moshi §3.3.5)."""
+"""Which parameters move how, at a learning rate that is a function of the step (Moshi §3.3.5)."""
 
 import math
 from collections.abc import Iterable
@@ -7,24 +7,28 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
+from .muon import MuonAdamW, is_matrix
 
 
 def build_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of `modules` that train.
+    """The optimizer of the parameters of `modules` that train.
 
     Only weights of a transformer decay: matrices below a module named `*transformer`, neither norms nor scales.
     """
-    decayed, free = [], []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                (decayed if "transformer." in name and parameter.dim() > 1 else free).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": free, "weight_decay": 0.0},
+                decays = "transformer." in name and parameter.dim() > 1
+                kind = (config.algorithm == "muon" and is_matrix(parameter), decays)
+                groups.setdefault(kind, []).append(parameter)
+    listed = [
+        {"params": groups[kind], "weight_decay": config.weight_decay if kind[1] else 0.0, "muon": kind[0]}
+        for kind in ((False, True), (False, False), (True, True), (True, False))
+        if kind in groups
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    optimizer = MuonAdamW if config.algorithm == "muon" else torch.optim.AdamW
+    return optimizer(listed, lr=config.learning_rate, betas=config.betas)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
