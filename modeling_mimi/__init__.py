@@ -21,16 +21,36 @@ if TYPE_CHECKING:
     from .feature_extraction_mimi import MimiFeatureExtractor
     from .modeling_mimi import MimiModel
     from .modeling_streaming import MimiStream
+    from .pipeline_mimi import (
+        MimiAudioToAudioPipeline,
+        MimiAudioToCodesPipeline,
+        MimiCodesToAudioPipeline,
+        save_pipelines,
+    )
     from .registration import register
 
-__all__ = ["MimiConfig", "MimiFeatureExtractor", "MimiModel", "MimiStream", "register"]
+__all__ = [
+    "MimiAudioToAudioPipeline",
+    "MimiAudioToCodesPipeline",
+    "MimiCodesToAudioPipeline",
+    "MimiConfig",
+    "MimiFeatureExtractor",
+    "MimiModel",
+    "MimiStream",
+    "register",
+    "save_pipelines",
+]
 
 _HOMES = {
+    "MimiAudioToAudioPipeline": "pipeline_mimi",
+    "MimiAudioToCodesPipeline": "pipeline_mimi",
+    "MimiCodesToAudioPipeline": "pipeline_mimi",
     "MimiConfig": "configuration_mimi",
     "MimiFeatureExtractor": "feature_extraction_mimi",
     "MimiModel": "modeling_mimi",
     "MimiStream": "modeling_streaming",
     "register": "registration",
+    "save_pipelines": "pipeline_mimi",
 }
 
 

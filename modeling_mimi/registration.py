@@ -24,17 +24,20 @@ from transformers import (
     EncodecFeatureExtractor,
     PreTrainedConfig,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mimi import MimiConfig
 from .feature_extraction_mimi import MimiFeatureExtractor
 from .modeling_mimi import MimiModel
+from .pipeline_mimi import PIPELINES
 
 
 def register() -> None:
     """
     Let `AutoConfig`, `AutoModel`, `AutoModelForAudioTokenization` and `AutoFeatureExtractor` give the classes of this
-    package for every checkpoint of type `"mimi"`, in this process. Models that contain a Mimi (CSM, Moshi) then get
-    ours, too. Calling it again changes nothing.
+    package for every checkpoint of type `"mimi"`, in this process, and `pipeline` know the tasks `audio-to-codes`,
+    `codes-to-audio` and `audio-to-audio`. Models that contain a Mimi (CSM, Moshi) then get ours, too. Calling it again
+    changes nothing.
     """
     AutoConfig.register("mimi", MimiConfig, exist_ok=True)
     AutoModel.register(MimiConfig, MimiModel, exist_ok=True)
@@ -43,6 +46,9 @@ def register() -> None:
     if not getattr(AutoFeatureExtractor.from_pretrained, "knows_mimi", False):
         ours = _ours_for_mimi(AutoFeatureExtractor.from_pretrained)
         AutoFeatureExtractor.from_pretrained = ours  # ty: ignore[invalid-assignment] replacing it is the point
+    for task, pipeline_class in PIPELINES.items():
+        if PIPELINE_REGISTRY.supported_tasks.get(task, {}).get("impl") is not pipeline_class:
+            PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, pt_model=AutoModel)
 
 
 def _ours_for_mimi(from_pretrained: Callable) -> Callable:
