@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import auto_docstring
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, auto_docstring
 
 from .configuration_mimi import MimiConfig
 from .modeling_convolution import MimiConv1d, MimiConvTranspose1d
@@ -61,8 +61,23 @@ class MimiPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in [`PreTrainedModel`]; the weights are then laid out in memory as the kernels take them."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """
+        As in [`PreTrainedModel`], from safetensors alone; the weights are then laid out in memory as the kernels take
+        them.
+
+        Raises:
+            `OSError`: if there are no weights in safetensors.
+        """
+        kwargs["use_safetensors"] = True
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except OSError as error:
+            if f"file named {SAFE_WEIGHTS_NAME}" not in str(error):
+                raise
+            raise OSError(
+                f"{args[0] if args else 'The model'} has no {SAFE_WEIGHTS_NAME}. Pickles, such as {WEIGHTS_NAME}, can "
+                "run any code and are never read: load one that you trust with stock transformers, and save it again."
+            ) from error
         (loaded[0] if isinstance(loaded, tuple) else loaded).channels_last_()
         return loaded
 
@@ -102,4 +117,7 @@ class MimiPreTrainedModel(PreTrainedModel):
             **(getattr(self.config, "auto_map", None) or {}),
             "AutoModelForAudioTokenization": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
         }
+        if offered := getattr(self.config, "custom_pipelines", None):  # that file stays behind, see `save_pipelines`
+            ours = {task for task, entry in offered.items() if entry["impl"].startswith("pipeline_mimi.")}
+            self.config.custom_pipelines = {task: entry for task, entry in offered.items() if task not in ours}
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)

@@ -79,8 +79,10 @@ class MimiSEANet(nn.Module):
 
     def _in_blocks(self, layers: list[nn.Module], x: Tensor, state: StreamingState | None, frame: int) -> Tensor:
         """Run layers over blocks of whole frames of `frame` steps, as a stream that lasts as long as the clip."""
+        if not calls_kernels_directly(x):
+            return self._through(layers, x, state)
         block = frame * max(1, CACHED_SAMPLES // (frame * self.audio_stride * x.shape[0]))
-        if x.shape[1] <= block or not calls_kernels_directly(x):
+        if x.shape[1] <= block:
             return self._through(layers, x, state)
         state = StreamingState(self.new_state(x.shape[0])) if state is None else state
         return torch.cat([self._through(layers, part, state) for part in x.split(block, dim=1)], dim=1)

@@ -250,17 +250,20 @@ class MimiStream:
 
 
 class MimiEncoderStep(nn.Module):
-    """One streaming step of the encoder with its state as plain tensors in and out, for `torch.export`."""
+    """
+    One streaming step of the encoder with its state as plain tensors in and out, for `torch.export`. It holds the
+    codebooks as they are now.
+    """
 
     def __init__(self, model: Any, num_quantizers: int | None = None):
         super().__init__()
         self.model = model
-        self.num_quantizers = num_quantizers
+        self.tables = model.quantizer.search_tables(num_quantizers)
 
     def forward(self, audio: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Audio (B, C, T * frame_size) and a state to codes (B, K, T) and the next state."""
         after = StreamingState({name: tensor.clone() for name, tensor in state.items()})
-        codes = self.model.encode_frames(audio, after, num_quantizers=self.num_quantizers)
+        codes = self.model.encode_frames(audio, after, self.tables)
         return codes, after.tensors
 
 

@@ -271,7 +271,7 @@ def _sees(queries: Tensor, keys: Tensor, window: int) -> Tensor:
 def _to_blocks(query: Tensor, key: Tensor, value: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut (B, H, S, head_dim) into (B * blocks, H, block, head_dim), keys and values with the block before."""
     steps = query.shape[2]
-    blocks = -(-steps // block)
+    blocks = (steps + block - 1) // block  # of positive numbers only: ONNX divides towards zero
 
     def cut(x: Tensor) -> Tensor:
         x = nn.functional.pad(x, (0, 0, 0, blocks * block - steps))

@@ -94,7 +94,7 @@ def tiny_config() -> MimiConfig:
 
 
 @pytest.fixture(scope="session")
-def _tiny_weights() -> dict[str, torch.Tensor]:
+def tiny_weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = MimiModel(MimiConfig(**TINY)).eval()
     for name, parameter in model.named_parameters():  # so that the transformers have a say
@@ -106,7 +106,7 @@ def _tiny_weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def tiny_model(tiny_config, _tiny_weights) -> MimiModel:
+def tiny_model(tiny_config, tiny_weights) -> MimiModel:
     model = MimiModel(tiny_config).eval()
-    model.load_state_dict(_tiny_weights)
+    model.load_state_dict(tiny_weights)
     return model

@@ -543,7 +543,7 @@ def test_only_what_is_needed_comes_from_the_hub(model_dir, tmp_path, monkeypatch
         (lambda folder: folder / "nowhere", "there is no such file or directory"),
         (lambda folder: folder / "model.safetensors", "Not a directory"),
         (lambda folder: os.remove(folder / "config.json") or folder, "No such file or directory"),
-        (lambda folder: os.remove(folder / "model.safetensors") or folder, "no file named model.safetensors"),
+        (lambda folder: os.remove(folder / "model.safetensors") or folder, "has no model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_text("junk") and folder, "header"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}') and folder, "type 'bert'"),
         (lambda folder: drop_weights(folder), "2 of its weights are missing"),

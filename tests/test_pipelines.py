@@ -518,6 +518,15 @@ def test_custom_pipelines_are_merged(tiny_model, tmp_path):
         assert offered[task]["pt"] == ["AutoModel"]
 
 
+def test_a_model_saved_elsewhere_offers_no_pipeline_whose_code_stayed_behind(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "a")
+    save_pipelines(tmp_path / "a")
+    type(tiny_model).from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert not json.loads((tmp_path / "b" / "config.json").read_text()).get("custom_pipelines")
+    save_pipelines(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["custom_pipelines"].keys() == TASKS
+
+
 def test_saving_again_changes_nothing_and_leaves_nothing_behind(tiny_model, tmp_path):
     save_pipelines(str(saved(tiny_model, tmp_path)))
     once = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

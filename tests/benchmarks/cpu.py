@@ -67,8 +67,19 @@ def clips(codecs: list[Codec], seconds: float = 10, repeats: int = 7) -> dict:
     return {"seconds": seconds, "encode_s": encode, "decode_s": decode}
 
 
-def frames(codecs: list[Codec], count: int = 100, before: int = 130) -> dict:
+def frames(codecs: list[Codec]) -> dict:
     """Live: one 80 ms frame after another through encoder and decoder, after 10.4 s that fill the window."""
+    results = frame_times(codecs)
+    base = results["moshi"]["p50_ms"]
+    table(
+        ["80 ms frame, encode + decode", "p50, ms", "p99, ms", "moshi's p50 / p50"],
+        [[n, f"{r['p50_ms']:.1f}", f"{r['p99_ms']:.1f}", f"{base / r['p50_ms']:.2f}"] for n, r in results.items()],
+    )
+    return results
+
+
+def frame_times(codecs: list[Codec], count: int = 100, before: int = 130) -> dict[str, dict[str, float]]:
+    """Milliseconds of `count` frames of each codec, after those `before` that are not counted."""
     audio = real_speech((count + before) * 0.08)
     steps = {codec.name: codec.new_stream() for codec in codecs}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -79,16 +90,10 @@ def frames(codecs: list[Codec], count: int = 100, before: int = 130) -> dict:
                 step(frame)
                 times[name].append(1000 * (time.perf_counter() - start))
     times = {name: ms[before:] for name, ms in times.items()}
-    results = {
+    return {
         name: {"p50_ms": statistics.median(ms), "p99_ms": statistics.quantiles(ms, n=100)[98]}
         for name, ms in times.items()
     }
-    base = results["moshi"]["p50_ms"]
-    table(
-        ["80 ms frame, encode + decode", "p50, ms", "p99, ms", "moshi's p50 / p50"],
-        [[n, f"{r['p50_ms']:.1f}", f"{r['p99_ms']:.1f}", f"{base / r['p50_ms']:.2f}"] for n, r in results.items()],
-    )
-    return results
 
 
 def honesty(codecs: list[Codec], seconds: float = 24) -> dict:
