@@ -7,6 +7,7 @@ import soundfile
 import torch
 import transformers
 
+from hub_cards.card import model_card
 from modeling_mimi import MimiFeatureExtractor, MimiModel
 from training.config import ObjectiveConfig
 from training.evaluation.report import table
@@ -31,8 +32,11 @@ def test_it_is_small_and_has_mimis_tokens():
 
 
 def test_every_figure_of_its_card_was_measured():
-    """The tables of the card are those that the evaluations' results give."""
+    """The card is what its files give now, and its tables are those that the evaluations' results give."""
     card = (CHECKPOINT / "README.md").read_text()
+    assert card == str(model_card(CHECKPOINT)), (
+        "render it: python -m hub_cards card checkpoints/mimi_small -o checkpoints/mimi_small/README.md"
+    )
     for name in ("quality", "recognition"):
         results = json.loads((CHECKPOINT / "evaluation" / name / "results.json").read_text())
         assert table(results) in card

@@ -233,6 +233,20 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class PushConfig:
+    """Publishing on the Hub, with the token of `hf auth login` or `HF_TOKEN`. A push that fails stops nothing."""
+
+    repo: str | None = None
+    """`owner/name`, made if it is missing; nothing is published if not given."""
+    every: int | None = None
+    """Steps between pushes, each after the next checkpoint; only at the end if not given."""
+    private: bool = False
+    """Whether a repository that is made is for its owner's eyes only."""
+    revision: str = "main"
+    """Branch, made if it is missing."""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """A whole run."""
 
@@ -267,6 +281,7 @@ class TrainingConfig:
     """Steps between log entries."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the log goes besides `history.jsonl`."""
+    push: PushConfig = field(default_factory=PushConfig)
     exploding_norm: float = 1e6
     """A gradient norm above this, or one that is not finite, skips the step."""
     max_skipped_steps: int = 20
@@ -349,6 +364,8 @@ def checked(config: TrainingConfig) -> TrainingConfig:
         "objective.adversarial_start_step: must not lie before discriminator_start_step": (
             config.objective.adversarial_start_step < config.objective.discriminator_start_step
         ),
+        "push.repo: must be owner/name": config.push.repo is not None and config.push.repo.count("/") != 1,
+        "push.every: must be positive": config.push.every is not None and config.push.every <= 0,
         f"model.config: MimiConfig has no {', '.join(sorted(unknown))}": bool(unknown),
     }
     for problem, found in problems.items():

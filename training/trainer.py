@@ -26,6 +26,7 @@ from .config import RecipeError, TrainingConfig
 from .data import WindowLoader, load_clips
 from .history import History
 from .learner import Learner
+from .push import Push
 from .reporting import Reporter, flat
 from .validation import merge, validate
 
@@ -33,10 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """A run of training: `Trainer(config).train()` starts it, or goes on with it."""
+    """A run of training: `Trainer(config).train()` starts it, or goes on with it.
 
-    def __init__(self, config: TrainingConfig):
+    With `push`, the first process offers it the run so far after every checkpoint.
+    """
+
+    def __init__(self, config: TrainingConfig, push: Push | None = None):
         self.config = config
+        self.push = push
         self.folder = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -102,8 +107,12 @@ class Trainer:
                 better = bool(self.clips) and (self.step % every == 0 or last) and self._validate()
                 if self.step % config.checkpoint_every == 0 or better or last or self.stopping:
                     self._save()
+                    if self.push is not None and self.accelerator.is_main_process and not (last or self.stopping):
+                        self.push.offer(self.step, self._write_results)
         if self.step == config.steps:
-            self._finish()
+            if self.push is not None:
+                self.push.wait()  # it reads what is written now
+            self._write_results()
         elif self.accelerator.is_main_process:
             logger.warning("Stopped and saved after step %d: the same command goes on.", self.step)
         self.accelerator.end_training()
@@ -253,8 +262,8 @@ class Trainer:
         """Seconds of training in all, over every restart."""
         return self.elapsed_s + time.monotonic() - self.started
 
-    def _finish(self) -> None:
-        """Export the averaged weights, and sum the run up."""
+    def _write_results(self) -> None:
+        """Export the averaged weights, and sum the run up, so far."""
         if not self.accelerator.is_main_process:
             return
         temporary, final = self.folder / ".model", self.folder / "model"

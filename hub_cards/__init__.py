@@ -1,0 +1,1 @@
+"""Model cards, and publishing on the Hub: `python -m hub_cards --help`."""
