@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 from clips_of_all_kinds import BAD, GOOD, errors, mimi, prepared, rows, write_clips, write_corpus
-from conftest import assert_same_codes
+from conftest import assert_same_codes, speech
 from datasets import Audio, ClassLabel, Features, List, Value, load_dataset
 from killed_run import take_small_steps
 
@@ -54,6 +55,24 @@ def assert_whole(folder: Path, names: dict = GOOD) -> None:
     assert errors(folder) == (BAD if names is GOOD else {})
     assert not [path for path in folder.rglob("*") if path.name.endswith(".part")]
     assert json.loads((folder / "tokens.json").read_text())["clips"] == len(names)
+
+
+def test_columns_keep_their_types_where_many_cells_are_empty(checkpoint, tmp_path):
+    """As in most metadata: a transcript here, none for the next twenty clips."""
+    folder = tmp_path / "corpus" / "train"
+    folder.mkdir(parents=True)
+    lines, expected = ["file_name,text,age"], {}
+    for number in range(40):
+        name, text, age = f"{number:02d}.wav", "word" if number > 20 else None, 30.5 if number == 3 else None
+        soundfile.write(folder / name, speech(48, seed=number)[0, 0].numpy(), 24_000)
+        lines.append(f"{name},{text or ''},{age or ''}")
+        expected[name] = (text, age)
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    output = tmp_path / "out"
+    assert mimi("tokenize", folder.parent, "--to", output, "--model", checkpoint) == 0
+    assert {row["clip_id"]: (row["text"], row["age"]) for row in rows(output)} == expected
+    features = load_dataset(str(output), split="train", streaming=True).features
+    assert (features["text"], features["age"]) == (Value("large_string"), Value("float64"))
 
 
 @torch.inference_mode()

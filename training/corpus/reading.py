@@ -83,6 +83,8 @@ def read_ahead(
                 if isinstance(item, BaseException):
                     raise item
                 yield item
+        if reader.failed is not None:  # what came before it is not lost
+            raise reader.failed
     finally:
         reader.stopped.set()
         for thread in threads:
@@ -100,6 +102,8 @@ class _Reader:
     loaded: "queue.Queue[Loaded | BaseException | None]" = field(default_factory=lambda: queue.Queue(BATCHES_AHEAD))
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    failed: BaseException | None = None
+    """Why there are no more windows."""
 
     def plan(self, found: Iterable[Window], workers: int) -> None:
         """Group the clips of one window after another."""
@@ -116,7 +120,7 @@ class _Reader:
                     return
                 start = time.perf_counter()
         except BaseException as error:
-            self._put(self.loaded, error)
+            self.failed = error
         for _ in range(workers):
             self._put(self.planned, None)
 

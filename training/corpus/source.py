@@ -35,7 +35,8 @@ class Corpus:
         features = stream.features
         if features is not None:  # else the columns of an archive have another order from row to row
             stream = stream.select_columns(list(features))
-        self._stream: IterableDataset = stream.with_format("arrow")
+        # the rows of a folder are made one by one, and a table of them would guess types anew from each few
+        self._stream: IterableDataset = stream if self._listed else stream.with_format("arrow")
         self.num_shards = stream.num_shards
         if features is None:
             first = next(self._tables(0), None)
@@ -87,7 +88,12 @@ class Corpus:
         return clip._replace(name=os.path.basename(clip.name)) if os.path.isabs(clip.name) else clip
 
     def _tables(self, shard: int) -> Iterator[pa.Table]:
+        rows = self._stream.shard(self.num_shards, shard).iter(batch_size=ROWS_AT_ONCE)
         try:
-            yield from self._stream.shard(self.num_shards, shard).iter(batch_size=ROWS_AT_ONCE)
+            if not self._listed:
+                yield from rows
+                return
+            for columns in rows:
+                yield pa.Table.from_pydict(columns, schema=self._features.arrow_schema)
         except Exception as error:  # the builders raise errors of many libraries
             raise DataError(f"{self.label} cannot be read further: {error}") from error
