@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,7 +26,12 @@ RESULTS = (
 """What the card reads or shows beside the model."""
 LEFT_OUT = ("__pycache__", "parts")
 """Folders that never go up; neither does what begins with a dot."""
-CLIP = Path(__file__).parents[1] / "tests" / "data" / "nathalie_1110.flac"
+ROOT = Path(__file__).parents[1]
+CLIP = ROOT / "tests" / "data" / "nathalie_1110.flac"
+PAGE = Path(__file__).parent / "space"
+PAGE_FILES = ("README.md", "app.py", "requirements.txt")
+PAGE_NEEDS = ("hub_cards", "modeling_mimi", "training", "checkpoints/mimi_small", "tests/data")
+"""What the page takes along of the repository, so that a Space needs nothing else."""
 LEVELS = (1, 2, 4, 8)
 SAMPLES = """\
 # What it sounds like
@@ -86,7 +92,8 @@ def stage_model(source: Path, staged: Path, repo_id: str, native: bool = False) 
 def stage_files(source: Path, staged: Path, repo_id: str, repo_type: str) -> None:
     """Lay out a data set or a Space: the folder as it is, its files linked and not copied, and a card if it has none.
 
-    The card of a data set of codes is always made anew, from its `tokens.json`.
+    The card of a data set of codes is always made anew, from its `tokens.json`. The page to try the codec brings the
+    packages, the bundled checkpoint and the sample speech along.
 
     Raises:
         PublishError: there is no such folder.
@@ -94,16 +101,24 @@ def stage_files(source: Path, staged: Path, repo_id: str, repo_type: str) -> Non
     """
     if not source.is_dir():
         raise PublishError(f"There is no folder {source}.")
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        if path.is_file() and not any(part.startswith(".") or part in LEFT_OUT for part in name.parts):
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            (staged / name).symlink_to(path.resolve())
+    if source.resolve() == PAGE.resolve():
+        _link([PAGE / name for name in PAGE_FILES], PAGE, staged)
+        _link([file for part in PAGE_NEEDS for file in (ROOT / part).rglob("*")], ROOT, staged)
+    else:
+        _link(source.rglob("*"), source, staged)
     readme = staged / "README.md"
     if (repo_type == "dataset" and (source / "tokens.json").exists()) or not readme.exists():
         readme.unlink(missing_ok=True)  # the link
         card = {"dataset": dataset_card, "space": metric_card}[repo_type](source, repo_id)
         readme.write_text(str(card), encoding="utf-8")
+
+
+def _link(paths: Iterable[Path], root: Path, staged: Path) -> None:
+    for path in sorted(paths):
+        name = path.relative_to(root)
+        if path.is_file() and not any(part.startswith(".") or part in LEFT_OUT for part in name.parts):
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).symlink_to(path.resolve())
 
 
 def _load(folder: Path) -> tuple[MimiModel, MimiFeatureExtractor]:

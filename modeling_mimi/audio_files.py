@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -243,7 +243,11 @@ def write_codes(path: Path, codes: Tensor, metadata: dict[str, str]) -> None:
 def describe_codec(config: MimiConfig) -> dict[str, str]:
     """What codes files say about the codec that made them."""
     names = ("sampling_rate", "frame_rate", "frame_size", "codebook_size")
-    libraries = " ".join(f"{package}=={version(package)}" for package in ("open-mimi", "torch", "transformers"))
+    try:
+        ours = version("open-mimi")
+    except PackageNotFoundError:  # beside an application, not installed
+        ours = "source"
+    libraries = f"open-mimi=={ours} torch=={version('torch')} transformers=={version('transformers')}"
     return {**{name: str(getattr(config, name)) for name in names}, "libraries": libraries}
 
 

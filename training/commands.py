@@ -29,6 +29,11 @@ def register(add: Callable[..., argparse.ArgumentParser]) -> None:
     demo.add_argument("clip", nargs="?", type=Path, default=BUNDLED_CLIP, metavar="CLIP", help=text)
     text = "folder to write to (default: %(default)s)"
     demo.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help=text)
+    app = add("app", _app)
+    app.add_argument("--model", help="Hub id or directory (default: the bundled checkpoint)")
+    text = "address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)"
+    app.add_argument("--host", default="127.0.0.1", help=text)
+    app.add_argument("--port", type=positive(int), default=7860, metavar="N", help="default: %(default)s")
     _add_evaluate(add("evaluate", _evaluate))
     _add_tokenize(add("tokenize", _tokenize, model_options(), _corpus_options()))
     _add_detokenize(add("detokenize", _detokenize, model_options(), _corpus_options()))
@@ -172,6 +177,17 @@ def _detokenize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _app(args: argparse.Namespace) -> int:
+    """A page in the browser: hear the codec on your own speech, blind beside other codecs, and live."""
+    server = _needs("hub_cards.space.server", "pip install -e '.[app]' in the repository")
+    print(f"http://{args.host}:{args.port}/ (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve(args.model, args.host, args.port)
+    except (OSError, ValueError) as error:
+        raise CommandError(sentence(error)) from error
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     """Turn a clip into 1.1 kbit/s and back: audio, codes, a picture and scores."""
     demo, spectral = _needs("training.demo"), _needs("training.spectral")
@@ -200,9 +216,9 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _needs(module: str):
+def _needs(module: str, extra: str = EXTRA):
     """Import a module of this package, or say which extra it needs."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise CommandError(f"This command needs {error.name}: {EXTRA}") from error
+        raise CommandError(f"This command needs {error.name}: {extra}") from error
