@@ -24,6 +24,7 @@ EVALUATION_FILES = sorted((TRAINER / "evaluation").glob("*.py"))
 CORPUS_FILES = sorted((TRAINER / "corpus").glob("*.py"))
 METRIC_FILES = sorted((TRAINER / "metrics").rglob("*.py"))
 HUB_FILES = sorted((ROOT / "hub_cards").glob("*.py"))
+PAGE_FILES = sorted((ROOT / "hub_cards" / "space").glob("*.py"))
 SHARED = {"config", "spectral", "drawing", "muon"}
 """What every leaf of the trainer may import."""
 LEAVES = {
@@ -103,7 +104,7 @@ def test_evaluation_needs_no_trainer_and_metrics_need_nobody():
 
 @pytest.mark.parametrize(
     "path",
-    [*FILES, *TRAINER_FILES, *EVALUATION_FILES, *CORPUS_FILES, *METRIC_FILES, *HUB_FILES],
+    [*FILES, *TRAINER_FILES, *EVALUATION_FILES, *CORPUS_FILES, *METRIC_FILES, *HUB_FILES, *PAGE_FILES],
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_files_and_functions_can_be_read(path):

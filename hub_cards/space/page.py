@@ -65,7 +65,7 @@ def _listen(studio: Studio, source: gr.State, page: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             record = gr.Audio(sources=["microphone"], type="filepath", label="Record", elem_id="record")
-            text = f"Speech or codes, up to {MAX_SECONDS} s"
+            text = f"Upload, up to {MAX_SECONDS} s"
             upload = gr.File(label=text, height=160, elem_id="upload")
             bundled = gr.Button("Take the bundled clip", elem_id="bundled")
             least, most = studio.config.least_quantizers, studio.config.num_quantizers
@@ -73,12 +73,14 @@ def _listen(studio: Studio, source: gr.State, page: gr.Blocks) -> None:
         with gr.Column(scale=3, min_width=320):
             message, result = _empty("notice"), _empty("result")
 
+    unchanged = gr.skip(), gr.skip(), gr.skip(), None  # and room for the next file
+
     def show(found: Source, level: int) -> tuple[Any, ...]:
-        return found, "", show_take(studio, studio.process(found, level))
+        return found, "", show_take(studio, studio.process(found, level)), None
 
     def take(path: str | None, level: int) -> tuple[Any, ...]:
         if path is None:
-            return gr.skip(), gr.skip(), gr.skip()
+            return unchanged
         try:
             return show(studio.read(Path(path)), level)
         finally:
@@ -87,7 +89,7 @@ def _listen(studio: Studio, source: gr.State, page: gr.Blocks) -> None:
     def again(found: Source | None, level: int) -> tuple[Any, ...]:
         return show(found or studio.read(CLIP), level)
 
-    outputs = [source, message, result]
+    outputs = [source, message, result, upload]
     for event, function, inputs in (
         (record.stop_recording, take, [record, slider]),
         (upload.upload, take, [upload, slider]),
@@ -95,7 +97,7 @@ def _listen(studio: Studio, source: gr.State, page: gr.Blocks) -> None:
         (slider.release, again, [source, slider]),
         (page.load, again, [source, slider]),
     ):
-        event(_spoken(function), inputs, outputs, api_visibility="private", show_progress_on=result)
+        event(_spoken(function, unchanged), inputs, outputs, api_visibility="private", show_progress_on=result)
 
 
 def _compare(studio: Studio, source: gr.State) -> None:
@@ -120,17 +122,19 @@ def _compare(studio: Studio, source: gr.State) -> None:
         return show_answer(tracks, chosen) if tracks else notice("Shuffle again: too much time has passed.")
 
     outputs = [answer, message, blind, choice, reveal, revealed]
-    begin.click(_spoken(shuffle, 6), [source], outputs, api_visibility="private", show_progress_on=blind)
+    begin.click(
+        _spoken(shuffle, (gr.skip(),) * 6), [source], outputs, api_visibility="private", show_progress_on=blind
+    )
     reveal.click(show, [answer, choice], revealed, api_visibility="private")
 
 
-def _spoken(function: Callable[..., tuple[Any, ...]], outputs: int = 3) -> Callable[..., tuple[Any, ...]]:
-    """The same, with what is wrong with a clip said on the page, in the second output."""
+def _spoken(function: Callable[..., tuple[Any, ...]], unchanged: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
+    """The same, but what is wrong with a clip is said on the page, in the second output; the others stay."""
 
     def speak(*inputs: Any) -> tuple[Any, ...]:
         try:
             return function(*inputs)
         except ClipError as error:
-            return tuple(notice(str(error)) if index == 1 else gr.skip() for index in range(outputs))
+            return unchanged[0], notice(str(error)), *unchanged[2:]
 
     return speak

@@ -47,7 +47,8 @@ def show_answer(tracks: Sequence[Track], choice: str | None) -> str:
     for index, track in enumerate(tracks):
         mark = ' class="best"' if letter(index) == choice else ""
         heart = " ♥ your choice" if letter(index) == choice else ""
-        rows += f"<tr{mark}><th>{letter(index)}</th><td>{html.escape(track.label)}{heart}</td>{_scores(track)}</tr>"
+        name = f"Mimi, {track.label}" if track.num_quantizers else track.label
+        rows += f"<tr{mark}><th>{letter(index)}</th><td>{html.escape(name)}{heart}</td>{_scores(track)}</tr>"
     return _table(["", "codec", *SCORES], rows)
 
 

@@ -106,6 +106,8 @@ class Studio:
         is_codes = is_codes_file(path)
         try:
             seconds = (measure_codes if is_codes else measure_audio)(path).seconds
+            if not seconds:
+                raise ClipError(f"{path.name} is empty.")
             if seconds > MAX_SECONDS:
                 raise ClipError(
                     f"{path.name} lasts {seconds:.0f} s; this page takes up to {MAX_SECONDS} s, the command line "
@@ -117,8 +119,6 @@ class Studio:
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).replace(str(path), path.name).split()).rstrip(".")
             raise ClipError(f"{path.name} is neither speech nor codes that can be read here: {reason}.") from error
-        if not clip.num_samples:
-            raise ClipError(f"{path.name} is empty.")
         return Source(clip, is_codes)
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import huggingface_hub
@@ -21,6 +22,7 @@ from hub_cards import publish as publishing
 from hub_cards import stage
 from hub_cards.publish import PublishError, Target, explain
 from hub_cards.scan import scan
+from hub_cards.stage import PAGE, stage_files
 from modeling_mimi import MimiConfig, MimiFeatureExtractor, MimiModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # huggingface_hub's own
@@ -158,6 +160,23 @@ def test_half_a_model_and_a_package_without_the_clip_go_without_samples(model, t
         assert "half a model" in note if half else "their clip" in note
         assert (staged / "README.md").exists()
         assert not (staged / "samples").exists()
+
+
+def test_the_page_takes_along_what_it_needs(tmp_path):
+    """A Space has these files, what `requirements.txt` names, and nothing that is installed from here."""
+    staged = tmp_path / "space"
+    stage_files(PAGE, staged, "me/page", "space")
+    assert {path.name for path in staged.iterdir() if path.is_file()} == {"README.md", "app.py", "requirements.txt"}
+    assert not [path for path in staged.rglob("*") if "__pycache__" in path.parts]
+    code = "from hub_cards.space import server as s; s.create(s.MimiModel.from_pretrained(s.BUNDLED), 'it'); print(s.__file__)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=staged, check=True, capture_output=True, text=True)
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(staged)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = {*project["dependencies"], *extras["train"], *extras["app"][1:], *extras["hub"]}
+    assert set((staged / "requirements.txt").read_text().splitlines()) == needed
+    assert extras["app"][0] == "open-mimi[train]"
 
 
 def test_a_data_set_and_a_space(hub, tmp_path, capsys, monkeypatch):

@@ -1,8 +1,13 @@
 // The player: several versions of one clip, of which one is heard; switching keeps the instant.
 (() => {
+  const lives = new WeakMap(); // of each root: what ends its listeners, for Gradio puts new clips into old elements
   const clock = (s) => `${Math.floor(s / 60)}:${(s % 60).toFixed(1).padStart(4, "0")}`;
 
   function start(root) {
+    lives.get(root)?.abort();
+    const life = new AbortController();
+    const { signal } = life;
+    lives.set(root, life);
     const facts = JSON.parse(root.dataset.facts);
     const sounds = [...root.querySelectorAll("audio")];
     const buttons = [...root.querySelectorAll(".tracks button")];
@@ -34,7 +39,7 @@
     }
 
     function draw() {
-      if (!root.isConnected) return sounds.forEach((sound) => sound.pause());
+      if (signal.aborted || !root.isConnected) return sounds.forEach((sound) => sound.pause());
       const { currentTime, duration } = sounds[chosen];
       root.classList.toggle("playing", playing());
       root.querySelector(".time").textContent = `${clock(currentTime)} / ${clock(duration || 0)}`;
@@ -42,19 +47,19 @@
       requestAnimationFrame(draw);
     }
 
-    root.querySelector(".play").addEventListener("click", toggle);
-    buttons.forEach((button, index) => button.addEventListener("click", () => choose(index)));
+    root.querySelector(".play").addEventListener("click", toggle, { signal });
+    buttons.forEach((button, index) => button.addEventListener("click", () => choose(index), { signal }));
     root.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!step) return;
       choose((chosen + step + sounds.length) % sounds.length);
       buttons[chosen].focus();
       event.preventDefault();
-    });
+    }, { signal });
     strips?.addEventListener("click", (event) => {
       const box = strips.getBoundingClientRect();
       sounds[chosen].currentTime = ((event.clientX - box.left) / box.width) * (sounds[chosen].duration || 0);
-    });
+    }, { signal });
     choose(chosen);
     draw();
   }
