@@ -58,6 +58,8 @@ class StreamingState:
 
     def reset(self, rows: list[int] | Tensor | None = None) -> None:
         """Forget everything in the given rows, in all of them if not given."""
+        if isinstance(rows, list):  # to the device once, not for every tensor
+            rows = torch.tensor(rows, dtype=torch.int64, device=self.position.device)
         for tensor in self.tensors.values():
             if rows is None:
                 tensor.zero_()

@@ -166,11 +166,11 @@ class MimiStream:
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Begin the given streams anew (all if not given), encoder and decoder; the others go on."""
-        rows = self._rows(rows)
+        own = self._rows(rows)
         for state in (self._encoder_state, self._decoder_state):
             if state is not None:
-                state.reset(rows)
-        for row in rows:
+                state.reset(rows if rows is None else own)
+        for row in own:
             self._pending_samples[row] = 0
             self._ended[row] = False
 

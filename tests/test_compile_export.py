@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import assert_same_codes, speech
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_mimi.modeling_streaming import MimiDecoderStep, MimiEncoderStep
 
@@ -129,16 +131,40 @@ def test_exports_the_streaming_step_with_its_state_as_plain_tensors(tiny_model):
     torch.testing.assert_close(torch.cat(waves, -1), tiny_model.decode(codes).audio_values, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_waits_for_the_device(tiny_model):
-    """Meta tensors have no values: whatever reads one fails."""
+class OnMetaAlone(TorchDispatchMode):
+    """Fails where a tensor of another device takes part: made on the host, it would be sent to the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, output)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, f"{func} on {tensor.device}"
+        return output
+
+
+def test_nothing_waits_for_the_device(tiny_model, monkeypatch):
+    """Meta tensors have no values: whatever reads one fails. So all of this can be recorded as a CUDA graph."""
     model = tiny_model.to("meta")
+    monkeypatch.setattr(torch, "tensor", None)  # its values would be sent to the device
     audio, mask = torch.empty(2, 1, 30 * FRAME - 5, device="meta"), torch.ones(2, 30 * FRAME - 5, device="meta")
-    with torch.no_grad():
+    tables, states = model.quantizer.search_tables(), (model.new_encoder_state(2, 1), model.new_decoder_state(2, 1))
+    stream = model.stream(batch_size=2)
+    with torch.no_grad(), OnMetaAlone():
         output = model(audio, mask)
         assert output.audio_values.shape == audio.shape
-        state = model.new_encoder_state(2, 1)
-        assert model.encode_frames(audio[..., :FRAME], state).shape == (2, 4, 1)
-        stream = model.stream(batch_size=2)
-        codes = stream.encode(audio[..., :FRAME])
-        assert stream.decode(codes).shape == (2, 1, FRAME)
+        codes = model.encode(audio, chunk_frames=7).audio_codes
+        assert model.decode(codes, chunk_frames=7).audio_values.shape == (2, 1, 30 * FRAME)
+        codes = model.encode_frames(audio[..., :FRAME], states[0], tables)
+        assert model.decode_frames(codes, states[1]).shape == (2, 1, FRAME)
+        for _ in range(2):
+            codes = stream.encode(audio[..., :FRAME])
+            assert stream.decode(codes).shape == (2, 1, FRAME)
+        stream.reset()
     model.train()(audio, mask).audio_values.square().mean().backward()
+
+
+def test_a_new_caller_is_sent_to_the_device_once(tiny_model, monkeypatch):
+    stream, rows = tiny_model.stream(batch_size=2), []
+    monkeypatch.setattr(torch.Tensor, "__setitem__", lambda tensor, index, value: rows.append(index))
+    stream.reset(rows=[1])
+    assert all(isinstance(index, torch.Tensor) for index in rows), "a list is sent anew for every tensor of the state"
+    assert len({id(index) for index in rows}) == 2, "once for each direction"

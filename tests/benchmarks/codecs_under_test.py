@@ -25,12 +25,15 @@ FRAME = 1920
 
 @dataclass
 class Codec:
-    """An implementation: whole clips, (1, 1, L) to (1, K, T) and back, and one live frame there and back."""
+    """
+    An implementation: whole clips, (B, 1, L) to (B, K, T) and back; and streams, as many as asked for (one if nothing
+    is said), whose step takes a live frame of each, (B, 1, 1920), and gives its codes and its audio.
+    """
 
     name: str
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
-    new_stream: Callable[[], Callable[[Tensor], Tensor]]
+    new_stream: Callable[..., Callable[[Tensor], tuple[Tensor, Tensor]]]
     model: torch.nn.Module | None = None
 
 
@@ -41,11 +44,21 @@ def real_speech(seconds: float) -> Tensor:
     return torch.from_numpy(np.resize(clips, samples))[None, None]
 
 
+def real_batch(clips: int, seconds: float) -> Tensor:
+    """Clips from as many places of that speech, (clips, 1, L)."""
+    apart, length = 7 * FRAME, int(seconds * 24_000)
+    speech = real_speech(seconds + clips * apart / 24_000)[0, 0]
+    return torch.stack([speech[row * apart : row * apart + length] for row in range(clips)])[:, None]
+
+
 @torch.no_grad()
-def random_model(num_quantizers: int = 32) -> MimiModel:
-    """The released architecture with weights that were never trained, but that treat speech as if it mattered."""
+def random_model(num_quantizers: int = 32, **config) -> MimiModel:
+    """
+    The released architecture, or another, with weights that were never trained, but that treat speech as if it
+    mattered.
+    """
     torch.manual_seed(0)
-    model = MimiModel(MimiConfig(num_quantizers=num_quantizers)).eval()
+    model = MimiModel(MimiConfig(num_quantizers=num_quantizers, **config)).eval()
     for name, parameter in model.named_parameters():
         if "layer_scale" in name:
             parameter.uniform_(0.2, 0.8)
@@ -67,9 +80,14 @@ def random_model(num_quantizers: int = 32) -> MimiModel:
 
 
 def ours(model: MimiModel, name: str) -> Codec:
-    def new_stream():
-        stream = model.stream(num_quantizers=NUM_QUANTIZERS)
-        return lambda frame: stream.decode(stream.encode(frame))
+    def new_stream(batch_size=1):
+        stream = model.stream(batch_size, NUM_QUANTIZERS)
+
+        def step(frame):
+            codes = stream.encode(frame)
+            return codes, stream.decode(codes)
+
+        return step
 
     return Codec(
         name,
@@ -80,13 +98,13 @@ def ours(model: MimiModel, name: str) -> Codec:
     )
 
 
-def stock(directory: Path, dtype: torch.dtype, name: str) -> Codec:
+def stock(directory: Path, dtype: torch.dtype, name: str, device: str = "cpu") -> Codec:
     """Stock transformers. Its live frames: caches for the encoder; its decoder keeps no convolution state at all."""
     import transformers
 
-    model = transformers.MimiModel.from_pretrained(directory, dtype=dtype).eval()
+    model = transformers.MimiModel.from_pretrained(directory, dtype=dtype).eval().to(device)
 
-    def new_stream():
+    def new_stream(batch_size=1):
         cache: dict = {"encoder_past_key_values": None, "padding_cache": None}
         past = None
 
@@ -96,7 +114,7 @@ def stock(directory: Path, dtype: torch.dtype, name: str) -> Codec:
             cache.update({name: getattr(encoded, name) for name in cache})
             decoded = model.decode(encoded.audio_codes, decoder_past_key_values=past, use_cache=True)
             past = decoded.decoder_past_key_values
-            return decoded.audio_values
+            return encoded.audio_codes, decoded.audio_values
 
         return step
 
@@ -109,18 +127,26 @@ def stock(directory: Path, dtype: torch.dtype, name: str) -> Codec:
     )
 
 
-def moshi(native: Path) -> Codec:
-    """Kyutai's PyTorch package."""
+def moshi(native: Path, dtype: torch.dtype = torch.float32, name: str = "moshi", device: str = "cpu") -> Codec:
+    """Kyutai's PyTorch package. On a GPU its streams run as CUDA graphs of its own making."""
     from moshi.models import loaders
 
-    model = loaders.get_mimi(native, num_codebooks=NUM_QUANTIZERS)
+    def load():
+        return loaders.get_mimi(native, num_codebooks=NUM_QUANTIZERS, device=device).to(dtype)
 
-    def new_stream():
-        live = loaders.get_mimi(native, num_codebooks=NUM_QUANTIZERS)
-        live.streaming_forever(1)
-        return lambda frame: live.decode(live.encode(frame))
+    model = load()
 
-    return Codec("moshi", model.encode, model.decode, new_stream)
+    def new_stream(batch_size=1):
+        live = load()
+        live.streaming_forever(batch_size)
+
+        def step(frame):
+            codes = live.encode(frame.to(dtype))
+            return codes, live.decode(codes)
+
+        return step
+
+    return Codec(name, lambda audio: model.encode(audio.to(dtype)), model.decode, new_stream, model)
 
 
 def rustymimi(native: Path) -> Codec:
@@ -129,12 +155,12 @@ def rustymimi(native: Path) -> Codec:
 
     whole = Tokenizer(str(native), num_codebooks=NUM_QUANTIZERS)
 
-    def new_stream():
+    def new_stream(batch_size=1):
         live = Tokenizer(str(native), num_codebooks=NUM_QUANTIZERS)
 
         def step(frame):
             codes = live.encode_step(frame.numpy())
-            return None if codes is None else live.decode_step(codes)
+            return codes, None if codes is None else live.decode_step(codes)
 
         return step
 
@@ -147,12 +173,17 @@ def rustymimi(native: Path) -> Codec:
     return Codec("rustymimi", encode, decode, new_stream)
 
 
+def save_weights(model: MimiModel, folder: Path) -> None:
+    """Write the model as `model` and, if moshi knows its architecture, as `native.safetensors`."""
+    model.save_pretrained(folder / "model")
+    if model.num_parameters() == 79_308_609:
+        convert(folder / "model", folder / "native.safetensors")
+
+
 def all_codecs() -> list[Codec]:
     """Every implementation on the same weights; stock in float32, which all ratios refer to, is the first."""
     folder = Path(tempfile.mkdtemp(prefix="mimi-benchmark-"))
-    model = random_model()
-    model.save_pretrained(folder / "model")
-    convert(folder / "model", folder / "native.safetensors")
+    save_weights(random_model(), folder)
     half = MimiModel.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
     return [
         stock(folder / "model", torch.float32, "stock fp32"),

@@ -2,23 +2,20 @@
 How many hours of audio become tokens in an hour: `mimi tokenize` beside a plain loop over stock transformers.
 
     python tests/benchmarks/corpus_tokens.py                       # two CPU threads, about 10 minutes
-    python tests/benchmarks/corpus_tokens.py --device cuda         # one GPU, about 8 minutes
+    python tests/benchmarks/corpus_tokens.py --device cuda         # one GPU
     python tests/benchmarks/corpus_tokens.py --only memory --hours 100
 
 `corpus`: files to parquet, all of it, beside the model's own encode of the same clips in memory and beside stock; and
-where the time goes. `batches`: batches of 10 to 30 s through the model alone, eager, compiled and as CUDA graphs.
-`streams`: live streams on one device, 80 ms at a time, there and back. `memory`: a synthetic corpus through all but
-the model. Medians; what is compared takes turns. Run it on a quiet machine.
+where the time goes. `memory`: a synthetic corpus through all but the model. Medians; what is compared takes turns. Run
+it on a quiet machine. On a GPU, `gpu.py` measures the model alone.
 """
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -51,14 +48,13 @@ ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "checkpoints" / "mimi_small"
 RATE = 24_000
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["float32", "bfloat16", "float16"]}
-STREAMS = {"cpu": [1, 4], "cuda": [1, 16, 64, 256]}
 
 
 def main() -> None:
-    parts = {"corpus": corpus, "batches": batches, "streams": streams, "memory": memory}
+    parts = {"corpus": corpus, "memory": memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=parts)
+    parser.add_argument("--only", nargs="+", choices=parts, default=["corpus"])
     parser.add_argument("--minutes", type=float, help="audio of `corpus` (default: 4 on a CPU, 600 on a GPU)")
     parser.add_argument("--batch-seconds", type=float, help="audio of a batch (default: that of `mimi tokenize`)")
     parser.add_argument("--hours", type=float, default=100, help="audio of `memory` (default: %(default)s)")
@@ -76,9 +72,8 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     )
     print(f"{name}, {options.workers} workers, {versions}")
-    chosen = options.only or (["corpus"] if options.device == "cpu" else ["corpus", "batches", "streams"])
     with torch.inference_mode():
-        results = {part: parts[part](options) for part in chosen}
+        results = {part: parts[part](options) for part in options.only}
     if options.output:
         options.output.write_text(json.dumps({"device": name, "versions": versions, **results}, indent=2))
 
@@ -94,11 +89,6 @@ def load(path: Path, dtype: str, device: str) -> tuple[MimiModel, torch.nn.Modul
     kinds = (MimiModel, transformers.MimiModel)
     ours, stock = (kind.from_pretrained(path, dtype=getattr(torch, dtype)).eval().to(device) for kind in kinds)
     return ours, stock
-
-
-def finished(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 # ---- from files to parquet
@@ -231,95 +221,6 @@ def walk(found, output: Path, encoder, config: MimiConfig, layout: Layout, optio
         portion = coverage.portion(found.num_shards, 0, 1)
         rows = windows(found, coverage, portion, lengths, window_frames(config, layout))
         return run(rows, encoder, shards, config, layout, options.workers, progress=False)
-
-
-# ---- the model alone
-
-
-def batches(options: argparse.Namespace) -> list[dict]:
-    """Batches of clips of 20 s: seconds of audio per second."""
-    results, clip_s = [], 20 if options.device == "cuda" else 2
-    with tempfile.TemporaryDirectory(prefix="mimi-benchmark-") as folder:
-        for dtype in DTYPES[options.device]:
-            ours, stock = full_size(dtype, options.device, Path(folder))
-            for batch_s in (clip_s, 3 * clip_s, 12 * clip_s, 48 * clip_s):
-                rows = batch_s // clip_s
-                audio = real_speech(clip_s).repeat(rows, 1, 1).to(options.device)
-                ways = {
-                    "stock": partial(stock_codes, stock, audio.to(stock.dtype)),
-                    "ours": partial(codes_of, ours, audio),
-                }
-                if rows == 12:
-                    ways |= compiled(ours, audio)
-                ways = {name: partial(and_wait, way, options.device) for name, way in ways.items()}
-                times = take_turns(ways, options.repeats)
-                results.append({"dtype": dtype, "clips": rows, **{n: batch_s / t for n, t in times.items()}})
-    names = ["stock", "ours", "compiled", "CUDA graphs"]
-    table(
-        [f"clips of {clip_s} s, x real time", *names],
-        [
-            [f"{result['clips']}, {result['dtype']}", *(f"{result[n]:.0f}" if n in result else "-" for n in names)]
-            for result in results
-        ],
-    )
-    return results
-
-
-def codes_of(model: MimiModel, audio: torch.Tensor) -> torch.Tensor:
-    return model.encode(audio, num_quantizers=NUM_QUANTIZERS).audio_codes
-
-
-def stock_codes(model: torch.nn.Module, audio: torch.Tensor) -> torch.Tensor:
-    return model.encode(audio, num_quantizers=NUM_QUANTIZERS).audio_codes
-
-
-def and_wait(task: Callable[[], object], device: str) -> None:
-    task()
-    finished(device)
-
-
-def compiled(model: MimiModel, audio: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """The same compiled, and replayed as one CUDA graph; the first call, which is not counted, takes a minute."""
-    torch.compiler.reset()
-    ways = {"compiled": partial(torch.compile(partial(codes_of, model), dynamic=False), audio)}
-    if audio.is_cuda:
-        graphs = torch.compile(partial(codes_of, model), dynamic=False, mode="reduce-overhead")
-        ways["CUDA graphs"] = partial(graphs, audio)
-    return ways
-
-
-def streams(options: argparse.Namespace, frames: int = 50, before: int = 150) -> list[dict]:
-    """Live: one 80 ms frame of each of many streams through encoder and decoder, after 12 s that fill the window."""
-    results = []
-    with tempfile.TemporaryDirectory(prefix="mimi-benchmark-") as folder:
-        for dtype in DTYPES[options.device]:
-            ours, _ = full_size(dtype, options.device, Path(folder))
-            for count in STREAMS[options.device]:
-                stream = ours.stream(batch_size=count, num_quantizers=NUM_QUANTIZERS)
-                audio = real_speech(80).to(options.device)
-                times = []
-                for index in range(before + frames):
-                    frame = audio[..., index % 500 * FRAME :][..., :FRAME].expand(count, -1, -1)
-                    start = time.perf_counter()
-                    stream.decode(stream.encode(frame))
-                    finished(options.device)
-                    times.append(1000 * (time.perf_counter() - start))
-                p50 = statistics.median(times[before:])
-                p99 = statistics.quantiles(times[before:], n=100)[98]
-                results.append({"dtype": dtype, "streams": count, "p50_ms": p50, "p99_ms": p99})
-    table(
-        ["live streams, 80 ms there and back", "p50, ms", "p99, ms", "x real time, all together"],
-        [
-            [
-                f"{r['streams']}, {r['dtype']}",
-                f"{r['p50_ms']:.1f}",
-                f"{r['p99_ms']:.1f}",
-                f"{80 * r['streams'] / r['p50_ms']:.0f}",
-            ]
-            for r in results
-        ],
-    )
-    return results
 
 
 # ---- memory

@@ -64,7 +64,7 @@ def exported(model: MimiModel, folder: Path, dtype: str) -> Codec:
         def step(frame):
             codes, states["encoder"] = run["encoder_step"](frame, states["encoder"])
             audio, states["decoder"] = run["decoder_step"](codes, states["decoder"])
-            return audio
+            return codes, audio
 
         return step
 

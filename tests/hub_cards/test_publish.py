@@ -4,12 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import soundfile
+import tomllib
 import torch
 from conftest import TINY, speech
 from hub_server import serve
