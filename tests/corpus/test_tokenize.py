@@ -204,8 +204,11 @@ def test_however_processes_come_and_go_each_clip_is_done_once(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_keep_what_is_done(checkpoint, corpus, tmp_path, monkeypatch, small_steps, number):
+def test_signals_keep_what_is_done(checkpoint, corpus, tmp_path, monkeypatch, small_steps, number, request):
     steps, step = [], Encoder.step
+    if number == signal.SIGINT:  # which a shell's background job is born deaf to
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
 
     def interrupted(self, loaded):
         steps.append(loaded)
