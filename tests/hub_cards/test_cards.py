@@ -25,7 +25,8 @@ METRICS = sorted(path.parent for path in ROOT.glob("training/metrics/*/app.py"))
 @pytest.fixture
 def directory(tmp_path) -> Path:
     """All of the checkpoint but its weights and its speed, to be changed."""
-    return shutil.copytree(CHECKPOINT, tmp_path / "mimi_small", ignore=shutil.ignore_patterns("*.safetensors", "benchmark.json"))
+    left_out = shutil.ignore_patterns("*.safetensors", "benchmark.json")
+    return shutil.copytree(CHECKPOINT, tmp_path / "mimi_small", ignore=left_out)
 
 
 def change(path: Path, keys: str, *new) -> None:
