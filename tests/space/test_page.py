@@ -114,8 +114,8 @@ def picture(page) -> str:
 def test_upload_codebooks_pictures_sound_and_download(visit, tmp_path):
     page = visit()
     before = picture(page)
-    upload(page, clip(tmp_path / "talk.wav", 2.5), 2.5)
-    assert durations(page) == pytest.approx([2.5] * 5, abs=0.01)
+    upload(page, clip(tmp_path / "talk.wav", 6.0), 6.0)
+    assert durations(page) == pytest.approx([6.0] * 5, abs=0.01)
     assert picture(page) != before
     full = picture(page)
     page.click(f"{PLAYER} .tracks button >> text=1 codebook")
@@ -127,7 +127,7 @@ def test_upload_codebooks_pictures_sound_and_download(visit, tmp_path):
     page.click(f"{PLAYER} .tracks button >> text=Original")
     instant = page.evaluate(f"document.querySelectorAll('{PLAYER} audio')[0].currentTime")
     stopped = page.evaluate(f"document.querySelectorAll('{PLAYER} audio')[1].currentTime")
-    assert 0 <= instant - stopped < 0.5
+    assert -0.05 < instant - stopped < 0.5  # a browser rounds where it sets a sound down
     assert (
         page.evaluate(f"[...document.querySelectorAll('{PLAYER} audio')].map((s) => s.paused)") == [False] + [True] * 4
     )
@@ -144,7 +144,7 @@ def test_upload_codebooks_pictures_sound_and_download(visit, tmp_path):
     download.value.save_as(codes)
     page.set_input_files("#upload input[type=file]", str(codes))  # there is room for it
     page.wait_for_selector(f"{PLAYER}[data-track='1']")  # of codes there is no original
-    assert durations(page) == pytest.approx([2.5] * 2, abs=0.01)
+    assert durations(page) == pytest.approx([6.0] * 2, abs=0.01)
 
 
 def test_recording(visit):
