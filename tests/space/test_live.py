@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import soxr
 import torch
 from conftest import speech
 from fastapi import FastAPI
@@ -61,12 +62,28 @@ def test_pieces_may_have_any_size(client, tiny_model):
     np.testing.assert_allclose(np.concatenate(got), expected(tiny_model, audio, 4), atol=1)
 
 
+def test_a_microphone_keeps_its_own_rate(client, tiny_model):
+    audio = samples(40 * FRAME, 4)
+    pieces = np.array_split(audio, 11)
+    with client.websocket_connect("/live?rate=48000") as socket:
+        for piece in pieces:
+            socket.send_bytes(piece.tobytes())
+        got = []
+        while sum(map(len, got)) < 15 * FRAME:  # half of 40 frames, less what the resampler still holds
+            got.append(np.frombuffer(socket.receive_bytes(), "<i2"))
+            socket.receive_text()
+    whole = soxr.resample(audio.astype(np.float32) / 32768, 48_000, 24_000)
+    got = np.concatenate(got)
+    np.testing.assert_allclose(got, expected(tiny_model, 32768 * whole, 4)[: len(got)], atol=2)
+
+
 @pytest.mark.parametrize(
     ("address", "message", "reason"),
     [
         ("/live", b"odd", "16-bit samples"),
         ("/live", bytes(2 * 24_001), "a second of them at most"),
         ("/live?codebooks=9", None, "There are 1 to 4 codebooks."),
+        ("/live?rate=400", None, "from 8000 to 192000 Hz"),
     ],
 )
 def test_what_is_refused(client, address, message, reason):

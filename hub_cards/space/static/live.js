@@ -1,18 +1,23 @@
-// Live: the microphone to the server in frames, what the codec makes of it back to the ear, and how long that took.
+// Live: the microphone to the server in small pieces, what the codec makes of it back to the ear, and how long that
+// took. The microphone keeps its own rate, which the server is told: Firefox resamples no microphone.
 (() => {
   const RATE = 24000;
-  const FRAME = 1920;
-  const FRAME_MS = (1000 * FRAME) / RATE;
+  const FRAME_MS = 80;
+  const PIECE_MS = 20; // short, so that a frame does not wait for the end of a piece
   const LATE = 6; // frames under way that say that the codec does not keep up
 
   const WORKLET = `
     registerProcessor("capture", class extends AudioWorkletProcessor {
-      constructor() { super(); this.frame = new Int16Array(${FRAME}); this.filled = 0; }
+      constructor({ processorOptions }) {
+        super();
+        this.piece = new Int16Array(processorOptions.samples);
+        this.filled = 0;
+      }
       process([[samples]]) {
         for (const sample of samples ?? []) {
-          this.frame[this.filled++] = 32767 * Math.max(-1, Math.min(1, sample));
-          if (this.filled === ${FRAME}) {
-            this.port.postMessage(this.frame.slice());
+          this.piece[this.filled++] = 32767 * Math.max(-1, Math.min(1, sample));
+          if (this.filled === this.piece.length) {
+            this.port.postMessage(this.piece.slice());
             this.filled = 0;
           }
         }
@@ -42,37 +47,40 @@
     const media = await navigator.mediaDevices.getUserMedia({
       audio: { channelCount: 1, echoCancellation: true, noiseSuppression: false, autoGainControl: false },
     });
-    const context = new AudioContext({ sampleRate: RATE });
+    const [ear, mouth] = [new AudioContext({ sampleRate: RATE }), new AudioContext()];
     const url = URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" }));
-    await context.audioWorklet.addModule(url);
-    const capture = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0 });
-    const playback = new AudioWorkletNode(context, "playback", { numberOfInputs: 0, outputChannelCount: [1] });
-    const level = new AnalyserNode(context, { fftSize: 2048 });
-    playback.connect(level).connect(context.destination);
+    await Promise.all([ear, mouth].map((context) => context.audioWorklet.addModule(url)));
+    const piece = Math.round((mouth.sampleRate * PIECE_MS) / 1000);
+    const frame = (mouth.sampleRate * FRAME_MS) / 1000;
+    const capture = new AudioWorkletNode(mouth, "capture", { numberOfOutputs: 0, processorOptions: { samples: piece } });
+    const playback = new AudioWorkletNode(ear, "playback", { numberOfInputs: 0, outputChannelCount: [1] });
+    const level = new AnalyserNode(ear, { fftSize: 2048 });
+    playback.connect(level).connect(ear.destination);
 
     const codebooks = root.querySelector("select").value;
-    const place = new URL(`live?codebooks=${codebooks}`, root.dataset.base || location.href);
+    const place = new URL(`live?codebooks=${codebooks}&rate=${mouth.sampleRate}`, root.dataset.base || location.href);
     place.protocol = place.protocol.replace("http", "ws");
     const socket = new WebSocket(place);
     socket.binaryType = "arraybuffer";
-    const sent = [];
+    const sent = []; // when each piece left
     const spent = [];
     const trips = [];
-    let received = 0;
+    let received = 0; // frames
     let refused = "";
+    const waiting = () => (sent.length * piece) / frame - received;
 
     capture.port.onmessage = ({ data }) => {
       if (socket.readyState !== WebSocket.OPEN) return;
       sent.push(performance.now());
       socket.send(data.buffer);
-      if (sent.length - received > LATE) say("late", "It does not keep up: frames wait. Take fewer codebooks, or a faster machine.");
+      if (waiting() > LATE) say("late", "It does not keep up: frames wait. Take fewer codebooks, or a faster machine.");
     };
     socket.onmessage = ({ data }) => {
       if (data instanceof ArrayBuffer) return playback.port.postMessage(new Int16Array(data));
       const facts = JSON.parse(data);
       if (facts.error) return void (refused = facts.error);
-      trips.push(performance.now() - sent[received]);
       received += facts.frames;
+      trips.push(performance.now() - sent[Math.ceil((received * frame) / piece) - 1]); // the piece that ended the frame
       spent.push(facts.ms / facts.frames);
       [trips, spent].forEach((values) => values.length > 100 && values.shift());
       const samples = new Float32Array(level.fftSize);
@@ -86,14 +94,15 @@
       show("delay", `${(FRAME_MS + middle(trips, 0.5)).toFixed(0)} ms`);
       show("speed", `${(FRAME_MS / middle(spent, 0.5)).toFixed(1)} × real time`);
       show("sent", `${((received * codebooks * 11) / 8 / 1000).toFixed(2)} kB`);
-      if (sent.length - received <= 2) say("on", "Speak. What you hear went through the codec.");
+      if (waiting() <= 2) say("on", "Speak. What you hear went through the codec.");
     };
     const ended = new Promise((resolve) => (socket.onclose = resolve));
-    new MediaStreamAudioSourceNode(context, { mediaStream: media }).connect(capture);
+    new MediaStreamAudioSourceNode(mouth, { mediaStream: media }).connect(capture);
     const stop = () => socket.close();
     ended.then(() => {
       media.getTracks().forEach((track) => track.stop());
-      context.close();
+      ear.close();
+      mouth.close();
       URL.revokeObjectURL(url);
       say("off", refused || "Press the button and speak; headphones keep the codec from hearing itself.");
     });
