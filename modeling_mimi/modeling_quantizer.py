@@ -204,15 +204,9 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
                 Sequences whose `quantized` is the projected latent itself (Moshi §3.3.3: half of them while training).
         """
         tables = self.search_tables() if tables is None else tables
-        split = self.num_semantic_quantizers
         with maybe_autocast(latents.device.type, enabled=False):
-            latents = latents.float()
-            branches = [(self.semantic_residual_vector_quantizer, tables[:split])]
-            if len(tables) > split:
-                branches.append((self.acoustic_residual_vector_quantizer, tables[split:]))
             outputs, vectors, levels = [], [], []
-            for branch, branch_tables in branches:
-                projected = branch.project_in(latents)
+            for branch, projected, branch_tables in self._branches(latents, tables):
                 levels.append(branch.quantize(projected, branch_tables))
                 vectors.append(projected + (levels[-1][2].sum(1) - projected).detach())  # straight-through
                 chosen = vectors[-1]
@@ -231,8 +225,24 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
         )
 
     def encode(self, latents: Tensor, tables: list[SearchTable]) -> Tensor:
-        """Codes only: (B, T, D) to (B, K, T)."""
-        return self(latents, tables).audio_codes
+        """The codes of [`forward`], without what only training and `quantized` need: (B, T, D) to (B, K, T)."""
+        with maybe_autocast(latents.device.type, enabled=False):
+            levels = [
+                branch.quantize(projected, branch_tables)[0]
+                for branch, projected, branch_tables in self._branches(latents, tables)
+            ]
+        return torch.cat(levels, dim=1)
+
+    def _branches(
+        self, latents: Tensor, tables: list[SearchTable]
+    ) -> list[tuple[MimiResidualVectorQuantizer, Tensor, list[SearchTable]]]:
+        """The branches that these codebooks reach, each with the latents as it sees them and its own codebooks."""
+        split = self.num_semantic_quantizers
+        parts = (
+            (self.semantic_residual_vector_quantizer, tables[:split]),
+            (self.acoustic_residual_vector_quantizer, tables[split:]),
+        )
+        return [(branch, branch.project_in(latents.float()), own) for branch, own in parts if own]
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes of the first `K` codebooks, (B, K, T), to float32 latents (B, T, D)."""

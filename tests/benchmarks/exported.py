@@ -1,10 +1,11 @@
 """
 What `mimi export` writes, in onnxruntime, beside the model itself: whole clips, and live frames.
 
-    python tests/benchmarks/exported.py [MODEL] [--threads N]
+    python tests/benchmarks/exported.py                      # the bundled checkpoint, about 2 minutes
+    python tests/benchmarks/exported.py random --threads 2   # the full size, with random weights, about 5 minutes
 
-MODEL is the bundled checkpoint unless named. Quality is not measured here: `mimi export` prints how many codes are
-equal. Medians; what is compared takes turns. Run it on a quiet machine: it takes two minutes, mostly of exporting.
+Quality is not measured here: `mimi export` prints how many codes are equal. Medians; what is compared takes turns. Run
+it on a quiet machine.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 import transformers
-from codecs_under_test import NUM_QUANTIZERS, Codec, ours, real_speech
+from codecs_under_test import NUM_QUANTIZERS, Codec, ours, random_model, real_speech
 from cpu import frame_times, table, take_turns
 
 from modeling_mimi import MimiModel
@@ -30,7 +31,9 @@ SECONDS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(SMALL))
+    parser.add_argument(
+        "model", nargs="?", default=str(SMALL), help="a checkpoint, or `random` (default: the bundled one)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=7, help="of whole clips (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the measurements as JSON")
@@ -40,10 +43,15 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
     print(f"{Path(arguments.model).name}, {arguments.threads} threads, {versions}")
-    half = MimiModel.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
-    model = MimiModel.from_pretrained(arguments.model).eval()
-    codecs = [ours(model, "PyTorch fp32"), ours(half, "PyTorch bf16")]
     with tempfile.TemporaryDirectory(prefix="mimi-benchmark-") as folder:
+        checkpoint = arguments.model
+        if checkpoint == "random":
+            checkpoint = str(Path(folder, "random"))
+            with torch.inference_mode():
+                random_model(NUM_QUANTIZERS).save_pretrained(checkpoint)
+        half = MimiModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+        model = MimiModel.from_pretrained(checkpoint).eval()
+        codecs = [ours(model, "PyTorch fp32"), ours(half, "PyTorch bf16")]
         output = Path(folder, "exported")
         export(model, output, "model", NUM_QUANTIZERS, dtypes=SUFFIXES)
         codecs += [exported(model, output / "onnx", dtype) for dtype in SUFFIXES]
