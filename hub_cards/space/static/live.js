@@ -48,6 +48,7 @@
       audio: { channelCount: 1, echoCancellation: true, noiseSuppression: false, autoGainControl: false },
     });
     const [ear, mouth] = [new AudioContext({ sampleRate: RATE }), new AudioContext()];
+    [ear, mouth].forEach((context) => context.resume()); // asked for late, for the permission came between
     const url = URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" }));
     await Promise.all([ear, mouth].map((context) => context.audioWorklet.addModule(url)));
     const piece = Math.round((mouth.sampleRate * PIECE_MS) / 1000);
