@@ -236,7 +236,7 @@ class MimiSplitResidualVectorQuantizer(nn.Module):
     def _branches(
         self, latents: Tensor, tables: list[SearchTable]
     ) -> list[tuple[MimiResidualVectorQuantizer, Tensor, list[SearchTable]]]:
-        """The branches that these codebooks reach, each with the latents as it sees them and its own codebooks."""
+        """Each branch that these codebooks reach, with the latents projected for it, (B, T, Q), and its codebooks."""
         split = self.num_semantic_quantizers
         parts = (
             (self.semantic_residual_vector_quantizer, tables[:split]),

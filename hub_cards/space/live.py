@@ -20,9 +20,10 @@ RATES = (8_000, 192_000)
 def add_live(app: FastAPI, model: MimiModel, threads: int = 2) -> None:
     """Add `/live?codebooks=K&rate=R` to an app.
 
-    A client sends binary messages of 16-bit samples, little-endian, at `rate` Hz, in pieces of any size up to a
-    second. Once frames are complete it gets their samples, at the model's rate, and then `{"ms", "frames"}` as text:
-    how long the codec took, and for how many frames. `{"error"}` comes before a connection is closed.
+    A client sends binary messages of 16-bit samples, little-endian, at `rate` Hz (8,000 to 192,000, the model's own by
+    default), in pieces of any size up to a second. Once frames are complete it gets their samples, at the model's
+    rate, and then `{"ms", "frames"}` as text: how long the codec took, and for how many frames. `{"error"}` comes
+    before a connection is closed.
     """
     pool = ThreadPoolExecutor(threads)
     open_streams = 0

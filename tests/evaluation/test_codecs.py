@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import TINY, assert_same_codes, speech
+from conftest import TINY, assert_same_codes, lacking, speech
 from pystoi import stoi
 
 from modeling_mimi import MimiConfig, MimiModel
@@ -53,7 +53,7 @@ def installed(spec: str) -> Codec:
     try:
         (codec,) = parse_codec(spec)
     except FileNotFoundError as error:  # libspeex is the system's, not pip's
-        pytest.skip(str(error))
+        lacking(str(error))
     return codec
 
 
@@ -109,7 +109,7 @@ def test_delays_of_speex():
     try:
         library = LibSpeex()
     except FileNotFoundError as error:
-        pytest.skip(str(error))
+        lacking(str(error))
     for wideband, delay, frame_size in ((False, 80, 160), (True, 223, 320)):
         with library.session(wideband, 4) as session:
             assert (session.delay, session.frame_size) == (delay, frame_size)
